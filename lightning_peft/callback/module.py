@@ -1,0 +1,231 @@
+"""What a LightningModule does differently while adapters stand on it.
+
+Its class is swapped for a subclass, as that of an adapted layer is: so its hooks can inject once the model exists, write
+adapter-only checkpoints whoever asks for one, and check what is loaded before anything is, while the module can still be copied and
+pickled. No callback's hook runs at those moments: none between `configure_model` and the restore, none before the weights are
+loaded, and none at all in a checkpoint of weights only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_peft.callback.optimizers import keep_trainable
+from lightning_peft.injection import adapters, inject, records, trainable_parameters
+from lightning_peft.methods._host import Swapped, swap
+from lightning_peft.methods.base import Method
+from lightning_peft.methods.errors import PEFTError
+from lightning_peft.state import (
+    KEY,
+    Spec,
+    adapter_tensors,
+    base_buffers,
+    base_fingerprint,
+    base_keys,
+    make_spec,
+    sample_bytes,
+    spec_faults,
+    spec_of,
+    tensor_faults,
+)
+
+NOTICE = (
+    "lightning_peft: this checkpoint holds adapters alone; load it with lightning_peft.load_from_checkpoint(MyModule, path), "
+    "or give the Trainer the PEFT callback"
+)
+"""A key among the tensors: stock loading lists keys that it does not expect, and so says what to call."""
+HOOKS = ("configure_model", "configure_optimizers", "on_save_checkpoint", "on_load_checkpoint", "load_state_dict")
+STATES = ("state_dict", "current_model_state")
+"""Where a checkpoint holds the module's tensors; WeightAveraging keeps the current ones beside the averaged."""
+BUFFER_SAMPLES = 4096
+
+
+@dataclass
+class Plan:
+    """What is to be injected into a LightningModule, and what is known since."""
+
+    method: Method
+    adapter_name: str
+    modules_to_save: list[str]
+    allow_other_base: bool = False
+    spec: Spec | None = None
+    """None until it is injected."""
+    own_hooks: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    """Hooks that were set on the instance, as LightningCLI sets configure_optimizers."""
+    buffers_at_start: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    moved_buffers: set[str] = field(default_factory=set)
+    """Buffers of the base that training moves: a checkpoint holds them, for nothing else could restore them."""
+
+
+class AdaptedModule(Swapped, LightningModule):
+    """Mixed in front of a LightningModule's class."""
+
+    _peft_plan: Plan
+
+    def configure_model(self) -> None:
+        """The module's own, and then the injection, once."""
+        self._own_hook("configure_model")()
+        plan = self._peft_plan
+        if plan.spec is None:
+            if plan.adapter_name not in records(self):
+                inject(self, plan.method, adapter_name=plan.adapter_name, modules_to_save=plan.modules_to_save)
+            # taken now, as the base was given: a precision plugin may cast it later on
+            base = base_fingerprint(self, plan.adapter_name)
+            plan.spec = make_spec(plan.method, plan.adapter_name, plan.modules_to_save, base)
+            _forgive_frozen_keys(self)
+            if self._trainer is not None:
+                wake(self)
+
+    def configure_optimizers(self) -> Any:
+        """The module's own, with only what trains left in its optimizers."""
+        configured = self._own_hook("configure_optimizers")()
+        plan = self._peft_plan
+        factors = plan.method.learning_rate_factors(adapters(self, plan.adapter_name))
+        keep_trainable(configured, trainable_parameters(self), factors)
+        return configured
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The module's own, and then everything frozen is left out."""
+        self._own_hook("on_save_checkpoint")(checkpoint)
+        plan = self._peft_plan
+        if plan.spec is None:
+            return
+        plan.moved_buffers |= _moved(base_buffers(self), plan.buffers_at_start)
+        kept = {*adapter_tensors(self, plan.adapter_name), *plan.moved_buffers}
+        for name in STATES:
+            if name in checkpoint:
+                checkpoint[name] = {key: tensor for key, tensor in checkpoint[name].items() if key in kept}
+        checkpoint["state_dict"][NOTICE] = torch.empty(0)
+        checkpoint[KEY] = {**plan.spec, "moved_buffers": sorted(plan.moved_buffers)}
+        _drop_modules(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what does not fit, before anything is loaded; then the module's own."""
+        self.check_checkpoint(checkpoint)
+        self._own_hook("on_load_checkpoint")(checkpoint)
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another method, another base, or with other tensors.
+
+        Raises:
+            PEFTError: with every difference.
+        """
+        spec = spec_of(checkpoint, "the checkpoint")
+        checkpoint["state_dict"].pop(NOTICE, None)
+        self._check(checkpoint["state_dict"], spec)
+        self._peft_plan.moved_buffers |= set(spec.get("moved_buffers", ()))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the adapter's tensors, or all of the module's; nothing is loaded where any would not fit.
+
+        Raises:
+            PEFTError: a tensor of the adapter is missing, unexpected or of another shape.
+        """
+        state = {key: tensor for key, tensor in state_dict.items() if key != NOTICE}
+        if strict and self._peft_plan.spec is not None:
+            self._check(state, None)
+        return self._own_hook("load_state_dict")(state, strict=strict, assign=assign)
+
+    def take_off(self) -> None:
+        """Give back the module's own class and the hooks that were set on it."""
+        own_hooks = vars(self).pop("_peft_plan").own_hooks
+        vars(self).update(own_hooks)
+        hooks = self._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is _forgive]:
+            del hooks[key]
+        super().take_off()
+
+    def _own_hook(self, name: str) -> Callable[..., Any]:
+        own = self._peft_plan.own_hooks.get(name)
+        return own if own is not None else cast("Callable[..., Any]", getattr(super(), name))
+
+    def _check(self, state: Mapping[str, Any], spec: Spec | None) -> None:
+        plan = self._peft_plan
+        assert plan.spec is not None
+        faults = spec_faults(plan.spec, spec, plan.allow_other_base) if spec else []
+        faults += tensor_faults(adapter_tensors(self, plan.adapter_name), state, base_keys(self))
+        if faults:
+            raise PEFTError([f"checkpoint: {fault}" for fault in faults])
+
+
+def adapt(module: LightningModule, plan: Plan) -> None:
+    """Let `module` carry out `plan` when its model is configured; again with the same plan, nothing changes.
+
+    Raises:
+        PEFTError: the module already carries another method under that adapter's name.
+    """
+    if isinstance(module, AdaptedModule):
+        there = module._peft_plan
+        same = type(there.method) is type(plan.method) and there.method.fields() == plan.method.fields()
+        if not same or (there.adapter_name, there.modules_to_save) != (plan.adapter_name, plan.modules_to_save):
+            raise PEFTError(
+                f"the module already carries {there.method} as adapter {there.adapter_name!r}, and not {plan.method} as "
+                f"{plan.adapter_name!r}; call lightning_peft.remove(module) first to start anew"
+            )
+        there.allow_other_base = plan.allow_other_base
+        return
+    plan.own_hooks = {name: vars(module).pop(name) for name in HOOKS if name in vars(module)}
+    vars(module)["_peft_plan"] = plan
+    swap(module, AdaptedModule)
+
+
+def mark_buffers(module: AdaptedModule) -> None:
+    """Note what the base's buffers hold as training starts, to tell later which of them it moved."""
+    samples = {name: (sample_bytes(buffer, BUFFER_SAMPLES), buffer._version) for name, buffer in base_buffers(module).items()}
+    module._peft_plan.buffers_at_start = samples
+
+
+def wake(module: nn.Module) -> None:
+    """Put into train mode what has parameters to train but was left in eval mode, as `from_pretrained` leaves a model."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return
+    if not module.training:
+        module.train()
+        return
+    for child in module.children():
+        wake(child)
+
+
+def _moved(buffers: Mapping[str, Tensor], at_start: Mapping[str, tuple[bytes, int]]) -> set[str]:
+    def differs(name: str, buffer: Tensor) -> bool:
+        sample, version = at_start[name]
+        # a large buffer may have changed where it was not sampled
+        unseen = buffer.numel() > BUFFER_SAMPLES and buffer._version != version
+        return unseen or sample_bytes(buffer, BUFFER_SAMPLES) != sample
+
+    return {name for name, buffer in buffers.items() if name in at_start and differs(name, buffer)}
+
+
+def _drop_modules(checkpoint: dict[str, Any]) -> None:
+    """Leave out hyper-parameters that are modules: they would bring the frozen base back in, as a pickle."""
+    parameters = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    modules = [name for name, value in parameters.items() if isinstance(value, nn.Module)]
+    if modules:
+        rank_zero_warn(
+            f"the hyper-parameters {', '.join(modules)} are modules and are not saved; use save_hyperparameters(ignore={modules}), "
+            "and give them to load_from_checkpoint"
+        )
+        kept = {name: value for name, value in parameters.items() if name not in modules}
+        checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY] = kept
+
+
+def _forgive_frozen_keys(module: nn.Module) -> None:
+    # on the module itself and not in load_state_dict: WeightAveraging loads a copy of it as a child of its own module
+    module.register_load_state_dict_post_hook(_forgive)
+
+
+def _forgive(module: nn.Module, incompatible: Any) -> None:
+    frozen = base_keys(module)
+
+    def is_frozen(key: str) -> bool:
+        parts = key.split(".")
+        return any(".".join(parts[start:]) in frozen for start in range(len(parts)))
+
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not is_frozen(key)]

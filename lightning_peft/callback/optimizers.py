@@ -1,0 +1,92 @@
+"""What becomes of the optimizers that a user's `configure_optimizers` returns: only what trains is left in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_peft.methods.errors import PEFTError
+
+Scheduler = LRScheduler | ReduceLROnPlateau
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+"""What a parameter group holds of its learning rate; schedulers keep lists of the same, by group."""
+RATE_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")
+
+
+def keep_trainable(configured: Any, trainable: Mapping[str, nn.Parameter], factors: Mapping[nn.Parameter, float]) -> None:
+    """Take frozen parameters out of the optimizers, and give parameters with a factor groups of their own; in place.
+
+    Args:
+        configured: what `configure_optimizers` returned: any nesting of optimizers and schedulers.
+        trainable: all that has to be trained, by name.
+        factors: multiples of the learning rate, by parameter.
+
+    Raises:
+        PEFTError: a trainable parameter is in no optimizer, or two of its groups hold it.
+    """
+    optimizers = list(dict.fromkeys(_of_type(configured, Optimizer)))
+    if not optimizers:
+        return  # a module may optimize by hand, without any of torch's optimizers
+    schedulers = list(dict.fromkeys(_of_type(configured, (LRScheduler, ReduceLROnPlateau))))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            frozen = [parameter for parameter in group["params"] if not parameter.requires_grad]
+            for parameter in frozen:
+                optimizer.state.pop(parameter, None)
+            # in place, since some optimizers (LBFGS) keep the list itself
+            group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    held = {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    absent = [name for name, parameter in trainable.items() if id(parameter) not in held]
+    if absent:
+        raise PEFTError(
+            f"configure_optimizers: {len(absent)} of {len(trainable)} trainable parameters are in no optimizer ({absent[0]}"
+            f"{', …' if len(absent) > 1 else ''}). It seems to have been built before the adapters were attached, or over a part "
+            "of the model: build it in configure_optimizers, over self.parameters()"
+        )
+    for optimizer in optimizers:
+        own = [scheduler for top in schedulers for scheduler in _flat(top) if scheduler.optimizer is optimizer]
+        _split_groups(optimizer, own, factors)
+
+
+def _split_groups(optimizer: Optimizer, schedulers: list[Any], factors: Mapping[nn.Parameter, float]) -> None:
+    for index, group in enumerate(list(optimizer.param_groups)):
+        counted = Counter(factors[parameter] for parameter in group["params"] if parameter in factors)
+        for factor in counted:
+            moved = [parameter for parameter in group["params"] if factors.get(parameter) == factor]
+            group["params"][:] = [parameter for parameter in group["params"] if factors.get(parameter) != factor]
+            rates = {name: group[name] * factor for name in RATES if name in group}
+            optimizer.add_param_group({**group, "params": moved, **rates})
+            for scheduler in schedulers:
+                _add_group(scheduler, index, factor, len(optimizer.param_groups) - 1)
+
+
+def _add_group(scheduler: Any, index: int, factor: float, groups_before: int) -> None:
+    """Let a scheduler that was made for `groups_before` groups treat a new one as it treats group `index`."""
+    for name, value in vars(scheduler).items():
+        if isinstance(value, list) and len(value) == groups_before and not name.startswith("_schedulers"):
+            value.append(value[index] * factor if name in RATE_LISTS else value[index])
+
+
+def _flat(scheduler: Any) -> Iterator[Any]:
+    """A scheduler, and those that it is made of (SequentialLR, ChainedScheduler)."""
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", []):
+        yield from _flat(part)
+
+
+def _of_type(value: Any, kind: Any) -> Iterator[Any]:
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _of_type(item, kind)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _of_type(item, kind)
+    elif kind is not Optimizer and hasattr(value, "scheduler"):
+        yield from _of_type(value.scheduler, kind)

@@ -1,0 +1,214 @@
+"""Put a method's adapters onto a model, freeze everything else, switch between adapters, and take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from torch import nn
+
+from lightning_peft.methods._host import (
+    FrozenStatistics,
+    Host,
+    SlowPath,
+    Swapped,
+    hosts,
+    put,
+    swap,
+)
+from lightning_peft.methods._saved_copy import saved_copies
+from lightning_peft.methods._targets import base_modules, find
+from lightning_peft.methods.base import Adapter, Method
+from lightning_peft.methods.errors import PEFTError, suggestion
+
+M = TypeVar("M", bound=nn.Module)
+RECORDS = "_peft_records"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `inject` did to a model: kept on the model's root, by adapter name."""
+
+    method: Method
+    modules_to_save: tuple[str, ...]
+    saved_modules: tuple[str, ...]
+    """Paths of the modules that `modules_to_save` means."""
+    trainable_before: tuple[str, ...]
+    """Names of the base's parameters that required a gradient before."""
+
+
+def records(model: nn.Module) -> dict[str, Record]:
+    """What was injected into `model`, by adapter name; empty where nothing was."""
+    return cast("dict[str, Record]", vars(model).get(RECORDS, {}))
+
+
+def inject(model: M, method: Method, *, adapter_name: str = "default", modules_to_save: Sequence[str] = ()) -> M:
+    """Attach `method`'s adapters to `model` in place, and freeze all else.
+
+    The base keeps its modules, names, values and dtypes. A normalization layer with running statistics is kept in eval mode,
+    unless it is in `modules_to_save`.
+
+    Args:
+        model: any module, on any device, meta included.
+        method: what to attach.
+        adapter_name: several adapters can stand on one model; the one injected last is active and trains.
+        modules_to_save: names or path endings of modules to train whole, such as a new classification head. Each is trained in
+            a copy, its original is kept beside it.
+
+    Returns:
+        The same object.
+
+    Raises:
+        PEFTError: with every fault of names and targets; the model is then as it was.
+    """
+    saved, faults = _saved_modules(model, modules_to_save)
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        faults.append(f"adapter_name: {adapter_name!r} can't be one: it must be without dots, and no attribute of ModuleDict")
+    elif adapter_name in adapter_names(model):
+        faults.append(f"adapter_name: the model has an adapter {adapter_name!r}; choose another name, or remove(model) first")
+    try:
+        attachments = method.attachments(model, saved)
+    except PEFTError as error:
+        faults += error.faults
+    if faults:
+        raise PEFTError(faults)
+
+    before = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    earlier = records(model)
+    for attachment in attachments:
+        put(attachment.module, adapter_name, attachment.adapter)
+    whole = {path: module for root in saved for path, module in base_modules(saved[root], root)}
+    for path, copy in saved_copies(whole).items():
+        put(whole[path], adapter_name, copy)
+    for path, module in base_modules(model):
+        if path not in whole and has_statistics(module):
+            swap(module, FrozenStatistics)
+            module.train(module.training)
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and any(True for _ in hosts(module)):
+            swap(module, SlowPath)
+    record = Record(
+        method,
+        tuple(modules_to_save),
+        tuple(saved),
+        next((record.trainable_before for record in earlier.values()), before),
+    )
+    vars(model)[RECORDS] = {**earlier, adapter_name: record}
+    model.requires_grad_(False)
+    set_adapter(model, adapter_name)
+    return model
+
+
+def remove(model: M) -> M:
+    """Take every adapter off `model`: its classes, keys, values and trainable parameters are those from before `inject`.
+
+    Returns:
+        The same object; one without adapters is left as it is.
+    """
+    from_before = {name for record in records(model).values() for name in record.trainable_before}
+    was_injected = bool(vars(model).pop(RECORDS, None))
+    for module in list(model.modules()):
+        if isinstance(module, FrozenStatistics):
+            module.training = model.training
+        if isinstance(module, Swapped):
+            module.take_off()
+    if was_injected:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in from_before)
+    return model
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the adapters that stand on `model`, in the order of their first module."""
+    return list(dict.fromkeys(name for _, host in hosts(model) for name in host.adapters))
+
+
+def adapters(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
+    """The adapters of that name, by the path of the module that each stands on."""
+    return {path: cast(Adapter, host.adapters[adapter_name]) for path, host in hosts(model) if adapter_name in host.adapters}
+
+
+def set_adapter(model: nn.Module, name: str) -> None:
+    """Make `name` the adapter that the model runs through and trains; others are frozen.
+
+    Raises:
+        PEFTError: the model has no adapter of that name.
+    """
+    known = adapter_names(model)
+    if name not in known:
+        raise PEFTError(f"adapter {name!r}: the model has {', '.join(known) or 'none'}{suggestion(name, known)}")
+    for _, host in hosts(model):
+        host.active_adapter = name
+        for other, adapter in host.adapters.items():
+            for parameter in adapter.parameters():
+                parameter.requires_grad_(other == name and parameter.is_floating_point())
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Run `model` as its base, bit for bit, inside of the `with`: without adapters, trained heads or trained biases.
+
+    Raises:
+        PEFTError: an adapter is merged into the weights; unmerge it first.
+    """
+    before = [(host, host.active_adapter, host.training) for _, host in hosts(model)]
+    if any(host.merged_from for host, *_ in before):
+        raise PEFTError("disable_adapters: the adapter is merged into the weights; call unmerge(model) first")
+    try:
+        for host, _, training in before:
+            host.active_adapter = None
+            # the frozen statistics must not move while their trained copy is out of use
+            host.training = training and not has_statistics(host)
+        yield
+    finally:
+        for host, active, training in before:
+            host.active_adapter, host.training = active, training
+
+
+@contextmanager
+def adapter_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Run row i of a batch through adapter `names[i]` inside of the `with`; None is the bare base.
+
+    Every adapted module must be given its rows in the first dimension, one for each name.
+
+    Raises:
+        PEFTError: a name that the model doesn't have; while running, a first dimension of another size.
+    """
+    known = adapter_names(model)
+    wrong = sorted({name for name in names if name is not None and name not in known})
+    if wrong:
+        raise PEFTError([f"adapter {name!r}: the model has {', '.join(known)}{suggestion(name, known)}" for name in wrong])
+    try:
+        for _, host in hosts(model):
+            host.row_adapters = tuple(names)
+        yield
+    finally:
+        for _, host in hosts(model):
+            host.row_adapters = None
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name; a shared one comes once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether it is a normalization layer that moves running statistics as it trains."""
+    return bool(getattr(module, "track_running_stats", False)) and getattr(module, "running_mean", None) is not None
+
+
+def _saved_modules(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, nn.Module], list[str]]:
+    if isinstance(names, str):
+        return {}, [f"modules_to_save: {names!r} is a string; give a list, [{names!r}]"]
+    found, faults = find(
+        "modules_to_save",
+        list(names),
+        dict(base_modules(model)),
+        lambda module: any(True for _ in module.parameters()),
+        exclude=[],
+        skip=(),
+        describe=lambda module: f"a {type(module).__name__} without parameters",
+    )
+    return found, faults
+

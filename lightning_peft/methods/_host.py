@@ -1,0 +1,248 @@
+"""How an adapter stands on a module: the module's class is swapped, in place, for a subclass that consults the adapter.
+
+The module keeps its identity, its name in the tree, its parameters and their keys; `isinstance(module, nn.Linear)` stays
+true; and taking the adapters off is putting the old class back. The subclass is made on the fly, so that it works for any
+class, and is pickled by naming the class that it stands on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.methods.errors import PEFTError
+
+Base = Callable[..., Any]
+M = TypeVar("M", bound=nn.Module)
+
+
+class Adapter(nn.Module):
+    """What one method puts beside one frozen module: raw parameters, and what they do to the module.
+
+    A method overrides `forward` to act on the module's output, or names tensors in `overrides` and gives them a value in
+    `effective`; whichever it uses, `merged` returns the module's tensors with the adapter folded in.
+    """
+
+    overrides: tuple[str, ...] = ()
+    """Names of the module's own parameters or buffers whose value this adapter gives."""
+
+    def forward(self, base: Base, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The adapted output. `base` is the frozen module's own forward, to be called with the module's arguments."""
+        return base(*args, **kwargs)
+
+    def effective(self, module: nn.Module, name: str, frozen: Tensor) -> Tensor:
+        """The value that the module sees under `name`, one of `overrides`; `frozen` is the base's tensor."""
+        raise NotImplementedError
+
+    def merged(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's tensors with this adapter folded in, by name, in the adapter's dtype (fp32)."""
+        return {name: self.effective(module, name, own_tensors(module)[name]) for name in self.overrides}
+
+
+class Swapped(nn.Module):
+    """What is mixed in front of a module's own class; the pair is pickled by naming both."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, (_, *args), *state = super().__reduce_ex__(protocol)
+        return (_rebuild, (own_class(self), mixins(self), overridden(self), *args), *state)
+
+    def take_off(self) -> None:
+        """Give the module its own class again, with nothing left behind."""
+        self.__class__ = own_class(self)  # type: ignore[assignment]
+
+
+class Host(Swapped):
+    """Runs the module through its active adapter."""
+
+    adapters: nn.ModuleDict
+    active_adapter: str | None
+    row_adapters: tuple[str | None, ...] | None
+    merged_from: dict[str, Tensor]
+    _cached: dict[str, Tensor] | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base = super().forward
+        if self.row_adapters is not None:
+            return _forward_rows(self, base, args, kwargs)
+        adapter = active(self)
+        if adapter is None:
+            return base(*args, **kwargs)
+        if not adapter.overrides:
+            return adapter(base, self, *args, **kwargs)
+        # a forward may read a tensor many times (once per expert): its effective value is computed once
+        self._cached = {}
+        try:
+            return adapter(base, self, *args, **kwargs)
+        finally:
+            self._cached = None
+
+    def restore_merged(self) -> None:
+        """Put back the tensors that were merged into: the very same objects, unless the module has moved since."""
+        for name, original in self.merged_from.items():
+            moved = original.to(own_tensors(self)[name].device)
+            if isinstance(original, nn.Parameter):
+                self._parameters[name] = nn.Parameter(moved, original.requires_grad) if moved is not original else original
+            else:
+                self._buffers[name] = moved
+        self.merged_from = {}
+
+    def take_off(self) -> None:
+        self.restore_merged()
+        del self.adapters
+        for name in ("active_adapter", "row_adapters", "merged_from", "_cached"):
+            vars(self).pop(name, None)
+        super().take_off()
+
+
+class FrozenStatistics(Swapped):
+    """Keeps a normalization layer on its running statistics, unmoved, while the model trains."""
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(False)
+
+
+class SlowPath(Swapped):
+    """Makes nn.TransformerEncoder and its layers call their submodules.
+
+    In inference both can take a fused path that reads `linear1.weight` and its like, and so would pass over an adapter.
+    """
+
+    @property
+    def use_nested_tensor(self) -> bool:
+        return False
+
+    @property
+    def activation_relu_or_gelu(self) -> int:
+        return 0
+
+
+@cache
+def _swapped_class(cls: type[nn.Module], mixed_in: tuple[type, ...], names: tuple[str, ...]) -> type[nn.Module]:
+    body: dict[str, Any] = {name: _effective_property(name) for name in names}
+    if issubclass(cls, nn.RNNBase) and names:
+        body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_swapped": (cls, mixed_in, names)}
+    # the name stays: libraries (and people) tell layers apart by it
+    return cast("type[nn.Module]", type(cls.__name__, (*mixed_in, cls), body))
+
+
+def _flat_weights(rnn: nn.RNNBase) -> list[Tensor]:
+    # recurrent layers hand torch a list of their weights that they keep themselves; checked on torch 2.11 and 2.13
+    return [getattr(rnn, name) for name in rnn._flat_weights_names]
+
+
+def _effective_property(name: str) -> property:
+    def effective(self: Host) -> Tensor:
+        frozen = own_tensors(self)[name]
+        adapter = active(self)
+        if adapter is None or name not in adapter.overrides:
+            return frozen
+        if self._cached is not None and name in self._cached:
+            return self._cached[name]
+        try:
+            value = adapter.effective(self, name, frozen)
+        except AttributeError as error:
+            # nn.Module would take an AttributeError for "no such attribute", and answer with the frozen tensor
+            raise RuntimeError(f"{type(adapter).__name__}.effective({name!r}): {error}") from error
+        if self._cached is not None:
+            self._cached[name] = value
+        return value
+
+    return property(effective)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module had before any swap."""
+    return cast("type[nn.Module]", getattr(type(module), "_swapped", (type(module),))[0])
+
+
+def mixins(module: nn.Module) -> tuple[type, ...]:
+    """The classes mixed in front of the module's own, outermost first."""
+    return cast("tuple[type, ...]", getattr(type(module), "_swapped", (None, ()))[1])
+
+
+def overridden(module: nn.Module) -> tuple[str, ...]:
+    """The names of the module's tensors that are read through an adapter."""
+    return cast("tuple[str, ...]", getattr(type(module), "_swapped", (None, (), ()))[2])
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own parameters and buffers (not its children's) as they stand in it, unadapted; none that is None."""
+    both = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+
+def swap(module: nn.Module, mixin: type | None = None, names: Iterable[str] = ()) -> None:
+    """Put `mixin` in front of the module's class (once), and read the tensors `names` through its active adapter."""
+    mixed_in = mixins(module) if mixin is None or mixin in mixins(module) else (mixin, *mixins(module))
+    all_names = tuple(dict.fromkeys((*overridden(module), *names)))
+    module.__class__ = _swapped_class(own_class(module), mixed_in, all_names)
+
+
+def _rebuild(cls: type[nn.Module], mixed_in: tuple[type, ...], names: tuple[str, ...], *args: Any) -> nn.Module:
+    swapped = _swapped_class(cls, mixed_in, names)
+    return cast(nn.Module, swapped.__new__(swapped, *args))
+
+
+def active(host: Host) -> Adapter | None:
+    """The adapter that the module runs through; None where it is off, or folded into the weights."""
+    if host.active_adapter is None or host.merged_from or host.active_adapter not in host.adapters:
+        return None
+    return cast(Adapter, host.adapters[host.active_adapter])
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
+    """`(path, module)` of every module of `model` that an adapter stands on."""
+    for path, module in model.named_modules():
+        if isinstance(module, Host):
+            yield path, module
+
+
+def put(module: nn.Module, name: str, adapter: Adapter) -> None:
+    """Stand `adapter` on `module` under `name`, and make it the active one.
+
+    Raises:
+        PEFTError: the module has an adapter of that name, or an attribute `adapters` of its own.
+    """
+    if not isinstance(module, Host):
+        if hasattr(module, "adapters"):
+            raise PEFTError(f"{type(module).__name__} has an attribute 'adapters' of its own, where adapters would stand")
+        swap(module, Host)
+        module.adapters = nn.ModuleDict()
+        vars(module).update(active_adapter=None, row_adapters=None, merged_from={}, _cached=None)
+    host = cast(Host, module)
+    if name in host.adapters:
+        raise PEFTError(f"adapter {name!r}: {type(module).__name__} has one of that name; choose another adapter_name")
+    swap(module, names=adapter.overrides)
+    host.adapters[name] = adapter.train(module.training)
+    host.active_adapter = name
+
+
+def _forward_rows(host: Host, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    rows = cast("tuple[str | None, ...]", host.row_adapters)
+    batched = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
+    if not batched or any(value.shape[0] != len(rows) for value in batched[:1]):
+        raise PEFTError(
+            f"adapter_per_row: {len(rows)} names, but {type(host).__name__} was given "
+            f"{tuple(batched[0].shape) if batched else 'no tensor'}; its first dimension must be the rows"
+        )
+    output: Tensor | None = None
+    for name in dict.fromkeys(rows):
+        index = torch.tensor([row for row, other in enumerate(rows) if other == name], device=batched[0].device)
+        pick = partial(_rows_of, index=index, count=len(rows))
+        run = base if name is None or name not in host.adapters else partial(host.adapters[name], base, host)
+        part = run(*map(pick, args), **{key: pick(value) for key, value in kwargs.items()})
+        if not isinstance(part, Tensor):
+            raise PEFTError(f"adapter_per_row: {type(host).__name__} returns {type(part).__name__}, not a tensor")
+        output = part.new_empty(len(rows), *part.shape[1:]) if output is None else output
+        output = output.index_copy(0, index, part)
+    return output
+
+
+def _rows_of(value: Any, index: Tensor, count: int) -> Any:
+    is_batch = isinstance(value, Tensor) and value.dim() and value.shape[0] == count
+    return value.index_select(0, index) if is_batch else value

@@ -1,0 +1,113 @@
+"""The arithmetic of low-rank updates: y + s·BAx with nothing kept for the backward pass but x, A and B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Delta = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def dropout_seed(p: float, training: bool) -> int | None:
+    """A fresh seed from torch's CPU generator, or None where nothing is dropped.
+
+    Drawn on the CPU, so that a GPU is never waited for; under activation checkpointing torch gives that generator back its
+    state, and the recomputed layer draws the same seed.
+    """
+    return int(torch.empty((), dtype=torch.int64).random_().item()) if training and p > 0 else None
+
+
+def dropped(x: Tensor, p: float, seed: int | None) -> Tensor:
+    """`x` with elements dropped at probability `p` and the rest scaled by 1/(1-p); the same for the same seed."""
+    if seed is None:
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+class _LinearUpdate(torch.autograd.Function):
+    """y + s·B(A·drop(x)): x (…, in), A (r, in), B (out, r), y (…, out).
+
+    Computed in y's dtype: x, which may be fp32 under autocast, is cast down for the products and never copied up. Backward
+    recomputes A·drop(x), which is r wide, and the mask from its seed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int | None) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.options = y.dtype, scale, p, seed
+        h = dropped(x.reshape(-1, x.shape[-1]).to(y.dtype), p, seed) @ A.to(y.dtype).T
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.to(y.dtype).T, alpha=scale).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        dtype, scale, p, seed = ctx.options
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
+        g = grad.reshape(-1, grad.shape[-1]).to(dtype)
+        g_h = scale * (g @ B.to(dtype))
+        grad_x = grad_A = grad_B = None
+        if needs_A or needs_B:
+            x_dropped = dropped(x.reshape(-1, x.shape[-1]).to(dtype), p, seed)
+            grad_A = (g_h.T @ x_dropped).to(A.dtype) if needs_A else None
+            grad_B = (g.T @ (scale * (x_dropped @ A.to(dtype).T))).to(B.dtype) if needs_B else None
+        if needs_x:
+            grad_x = dropped(g_h @ A.to(dtype), p, seed).to(x.dtype).view(x.shape)
+        return grad, grad_x, grad_A, grad_B, None, None, None
+
+
+class _RecomputedUpdate(torch.autograd.Function):
+    """y + delta(x, A, B) for any `delta`, which the backward pass computes again instead of keeping what it went through."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, delta: Delta) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.delta, ctx.dtype = delta, y.dtype
+        return y + _in_dtype(delta, x, A, B, y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:4]
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True)]
+        with torch.enable_grad():
+            output = _in_dtype(ctx.delta, *inputs, ctx.dtype)
+        found = iter(torch.autograd.grad(output, [t for t in inputs if t.requires_grad], grad))
+        return grad, *(next(found) if need else None for need in needs), None
+
+
+def _in_dtype(delta: Delta, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype) if x.is_floating_point() else x
+    with torch.autocast(x.device.type, enabled=False):
+        return delta(x, A.to(dtype), B.to(dtype))
+
+
+def linear_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, training: bool) -> Tensor:
+    """y + scale·B(A·dropout(x)).
+
+    Args:
+        y: (…, out), the frozen layer's output; its dtype is the one computed in.
+        x: (…, in), any floating dtype.
+        A: (r, in). B: (out, r). Their gradients come in their own dtype.
+        scale: s = α/r (or α/√r).
+        p: probability of dropping an element of x while `training`.
+
+    Source: LoRA, arXiv 2106.09685, eq. 3.
+    """
+    if torch.compiler.is_compiling() and training and p > 0:
+        # a generator with a seed of its own can't be traced; the compiler recomputes its own dropout's mask
+        x, p = F.dropout(x, p), 0.0
+    result: Tensor = _LinearUpdate.apply(y, x, A, B, scale, p, dropout_seed(p, training))
+    return result
+
+
+def recomputed_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, delta: Delta) -> Tensor:
+    """y + delta(x, A, B) in y's dtype; of `delta` nothing but x, A and B is kept for the backward pass."""
+    if torch.compiler.is_compiling():
+        # the compiler chooses by itself what to keep and what to recompute
+        return y + _in_dtype(delta, x, A, B, y.dtype)
+    result: Tensor = _RecomputedUpdate.apply(y, x, A, B, delta)
+    return result

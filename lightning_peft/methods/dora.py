@@ -1,0 +1,81 @@
+"""DoRA: LoRA for a weight's direction, and a trained magnitude."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.methods import _lora_layers as layers
+from lightning_peft.methods._host import own_tensors
+from lightning_peft.methods.lora import LoRA
+
+
+class _Magnitude(layers.LowRank):
+    """Mixed in front of a LoRA layer: W' = m ⊙ (W + s·BA) / ‖W + s·BA‖ for each row of the matrix (…, out, in)."""
+
+    def reset(self, module: nn.Module, init: str) -> None:
+        super().reset(module, init)
+        # the same norm as forward takes, so that m / norm starts as 1 to the bit
+        self.lora_magnitude_vector = nn.Parameter(self.row_norm(own_tensors(module)[self.weight_name]).clone())
+
+    @torch.no_grad()
+    def row_norm(self, weight: Tensor) -> Tensor:
+        """‖W + s·BA‖ (…, out) in the adapter's dtype, which section 4.3 of the paper keeps out of the gradient."""
+        return torch.linalg.vector_norm(self.as_matrix(weight).to(self.lora_A.dtype) + self.delta(), dim=-1)
+
+    def ratio(self, weight: Tensor) -> Tensor:
+        """m / ‖W + s·BA‖ (…, out); a row of zeros has magnitude 0 and keeps it until it is trained."""
+        norm = self.row_norm(weight)
+        return self.lora_magnitude_vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+    def adapted(self, module: nn.Module, weight: Tensor, delta: Tensor) -> Tensor:
+        return self.ratio(weight)[..., None] * super().adapted(module, weight, delta)
+
+    def update(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+        z = super().update(module, y, x)
+        spatial = (1,) * len(getattr(module, "kernel_size", ()))
+        tensors = own_tensors(module)
+        bias = tensors.get("bias")
+        change = (self.ratio(tensors[self.weight_name]) - 1).to(z.dtype).view(-1, *spatial)
+        return torch.addcmul(z, change, z if bias is None else z - bias.to(z.dtype).view(-1, *spatial))
+
+
+class LinearDoRA(_Magnitude, layers.LinearLoRA):
+    """Linear and Conv1D, with ‖W + s·BA‖² = ‖W‖² + 2s·Σ B∘(WAᵀ) + s²·Σ B∘(B(AAᵀ)), which forms no BA."""
+
+    @torch.no_grad()
+    def row_norm(self, weight: Tensor) -> Tensor:
+        W = self.as_matrix(weight)
+        A, B = self.factors()
+        square = torch.linalg.vector_norm(W, dim=-1, dtype=A.dtype).square()
+        cross = (B * (W @ A.to(W.dtype).T).to(B.dtype)).sum(-1)
+        own = (B * (B @ (A @ A.T))).sum(-1)
+        return (square + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
+
+
+class ConvDoRA(_Magnitude, layers.ConvLoRA):
+    """Conv1d, 2d and 3d: a row is all that makes one output channel."""
+
+
+class EmbeddingDoRA(_Magnitude, layers.EmbeddingLoRA):
+    """Embedding: a row of the matrix is one feature of all words, as in HF peft."""
+
+
+class WeightDoRA(_Magnitude, layers.WeightLoRA):
+    """Attention's projections and experts' weights: one magnitude for each output of each expert."""
+
+
+@dataclass(kw_only=True)
+class DoRA(LoRA):
+    r"""W' = m ⊙ (W + s·BA) / ‖W + s·BA‖, with m (out,) starting as ‖W‖ and trained beside A and B.
+
+    Fields are LoRA's. At the start the model's outputs are the frozen model's. Source: arXiv 2402.09353, eq. 5 and 11.
+    """
+
+    linear: ClassVar[type[layers.LowRank]] = LinearDoRA
+    conv: ClassVar[type[layers.LowRank]] = ConvDoRA
+    embedding: ClassVar[type[layers.LowRank]] = EmbeddingDoRA
+    weight: ClassVar[type[layers.WeightLoRA]] = WeightDoRA

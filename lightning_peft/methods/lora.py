@@ -1,0 +1,210 @@
+"""LoRA: a trained low-rank matrix beside a frozen weight."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lightning_peft.methods import _lora_layers as layers
+from lightning_peft.methods._host import Adapter
+from lightning_peft.methods._targets import (
+    ALL_LINEAR,
+    base_modules,
+    find,
+    inside,
+    is_conv1d,
+    output_heads,
+    pattern_faults,
+    pattern_value,
+)
+from lightning_peft.methods.base import Attachment, Method
+from lightning_peft.methods.errors import PEFTError, suggestion
+
+INITS = ("default", "gaussian", "pissa", "pissa_niter_16", "olora")
+
+
+@dataclass(kw_only=True)
+class LoRA(Method):
+    r"""y = Wx + s·BAx with W (out, in) frozen, A (r, in) and B (out, r) trained, s = α/r.
+
+    At the start B is zero, so that the model's outputs are the frozen model's (for an embedding, A is). Source:
+    arXiv 2106.09685.
+
+    Raises:
+        PEFTError: with every field that breaks its rule.
+    """
+
+    r: int = 8
+    """Rank of the update, 1 or more."""
+    alpha: float = 16
+    """The update's scale is alpha / r."""
+    dropout: float = 0.0
+    """Probability of dropping an element of the layer's input on its way to A, below 1; embeddings have none."""
+    target_modules: str | list[str] = ALL_LINEAR
+    """Modules to adapt: names or path endings in a list, a regular expression for the whole path in a string, or
+    "all-linear" for every Linear, Conv1D and MultiheadAttention outside of the output head."""
+    target_parameters: list[str] = field(default_factory=list)
+    """Names or path endings of weights of 2 or 3 dimensions that belong to no layer, such as `experts.gate_up_proj`."""
+    exclude_modules: str | list[str] = field(default_factory=list)
+    """Modules to leave out, written as `target_modules` are."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rank by module name, path ending or regular expression of a path's end, where it differs from `r`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alpha by module, as in `rank_pattern`."""
+    rslora: bool = False
+    """Scale by alpha / √r instead (rank-stabilized LoRA, arXiv 2312.03732)."""
+    init: str = "default"
+    """Start of A and B: "default" (Kaiming-uniform and zero), "gaussian" (normal with deviation 1/r, and zero), "pissa"
+    (the largest singular values of W, arXiv 2404.02948), "pissa_niter_N" (the same by N power iterations, faster) or
+    "olora" (the QR factors of W, arXiv 2406.01775)."""
+    lora_plus: float | None = None
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354; the paper's choice is 16). None: the same."""
+
+    training_only: ClassVar[frozenset[str]] = frozenset(
+        {"dropout", "target_modules", "target_parameters", "exclude_modules", "lora_plus"}
+    )
+    linear: ClassVar[type[layers.LowRank]] = layers.LinearLoRA
+    conv: ClassVar[type[layers.LowRank]] = layers.ConvLoRA
+    embedding: ClassVar[type[layers.LowRank]] = layers.EmbeddingLoRA
+    weight: ClassVar[type[layers.WeightLoRA]] = layers.WeightLoRA
+
+    def faults(self) -> list[str]:
+        """What is wrong with the fields."""
+        rules = {
+            f"r: {self.r} is not a rank; it must be 1 or more": self.r < 1,
+            f"alpha: {self.alpha} would switch the adapter off; it must not be 0": not self.alpha,
+            f"dropout: {self.dropout} is not a probability below 1; it must be in [0, 1)": not 0 <= self.dropout < 1,
+            "target_modules: is empty, and target_parameters too; name at least one": not (
+                self.target_modules or self.target_parameters
+            ),
+            f"lora_plus: {self.lora_plus} is not a ratio of learning rates; it must be above 0": (
+                self.lora_plus is not None and self.lora_plus <= 0
+            ),
+            f"init: {self.init!r} is none of {', '.join(INITS)}{suggestion(self.init, INITS)}": (
+                self.init not in INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", self.init)
+            ),
+            **{
+                f"rank_pattern: {key!r} has rank {r}; it must be 1 or more": r < 1 for key, r in self.rank_pattern.items()
+            },
+        }
+        expressions = {
+            "target_modules": self.target_modules if isinstance(self.target_modules, str) else [],
+            "exclude_modules": self.exclude_modules if isinstance(self.exclude_modules, str) else [],
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+        }
+        broken = [fault for name, patterns in expressions.items() for fault in pattern_faults(name, patterns)]
+        return [fault for fault, is_broken in rules.items() if is_broken] + broken
+
+    def attachments(self, model: nn.Module, skip: Container[str]) -> Sequence[Attachment]:
+        """One adapter for each targeted module or parameter."""
+        modules, faults = self._modules(model, skip)
+        parameters, more = self._parameters(model, skip)
+        faults += more + self._pattern_faults([*modules, *parameters])
+        owners = dict(base_modules(model))
+        made = []
+        for path, module in modules.items():
+            in_attention = isinstance(owners[path.rpartition(".")[0]], nn.MultiheadAttention)
+            try:
+                made.append(Attachment(path, module, self._adapter(path, module, in_attention)))
+            except PEFTError as error:
+                faults += [f"target_modules: {path}: {fault}" for fault in error.faults]
+        by_owner: dict[str, dict[str, str]] = {}
+        for path in parameters:
+            owner, _, name = path.rpartition(".")
+            by_owner.setdefault(owner, {})[name] = path
+        for owner, names in by_owner.items():
+            if self.dropout:
+                faults.append(f"dropout: {self.dropout} can't act on target_parameters ({owner}); set it to 0")
+            if owner in modules:
+                faults.append(f"target_parameters: {owner} is in target_modules too")
+            ranks = {name: self._options(path) for name, path in names.items()}
+            made.append(Attachment(owner, owners[owner], layers.WeightsLoRA(owners[owner], ranks, self.weight)))
+        if faults:
+            raise PEFTError([f"{type(self).__name__}.{fault}" for fault in dict.fromkeys(faults)])
+        # a module that two names share is adapted once
+        return list({id(attachment.module): attachment for attachment in reversed(made)}.values())[::-1]
+
+    def learning_rate_factors(self, attached: Mapping[str, Adapter]) -> dict[nn.Parameter, float]:
+        """`lora_plus` for every B."""
+        if self.lora_plus is None:
+            return {}
+        parts = [part for adapter in attached.values() for part in adapter.modules() if isinstance(part, layers.LowRank)]
+        return {part.lora_B: self.lora_plus for part in parts}
+
+    def _options(self, path: str) -> dict[str, Any]:
+        r = pattern_value(self.rank_pattern, path, self.r)
+        alpha = pattern_value(self.alpha_pattern, path, self.alpha)
+        scale = alpha / math.sqrt(r) if self.rslora else alpha / r
+        return {"r": r, "scale": scale, "dropout": self.dropout, "init": self.init}
+
+    def _adapter(self, path: str, module: nn.Module, in_attention: bool) -> Adapter:
+        options = self._options(path)
+        if isinstance(module, nn.MultiheadAttention):
+            names = [name for name, value in module.named_parameters(recurse=False) if name.endswith("proj_weight")]
+            return layers.WeightsLoRA(module, dict.fromkeys(names, options), self.weight)
+        if in_attention:
+            # attention reads its output layer's weight, and never calls the layer
+            return layers.WeightsLoRA(module, {"weight": options}, self.weight)
+        kind = self.conv if isinstance(module, layers.CONVS) else self.linear
+        return (self.embedding if isinstance(module, nn.Embedding) else kind)(module, **options)
+
+    def _modules(self, model: nn.Module, skip: Container[str]) -> tuple[dict[str, nn.Module], list[str]]:
+        modules = dict(base_modules(model))
+        if self.target_modules == ALL_LINEAR:
+            heads = output_heads(model)
+            linear = {
+                path: module
+                for path, module in modules.items()
+                if (isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)) and not inside(path, heads)
+            }
+            if not linear:
+                return {}, [f"target_modules: {ALL_LINEAR!r} matches nothing; {type(model).__name__} has no linear layer"]
+            found, faults = find(
+                "target_modules", r".*", linear, layers.is_adaptable, self.exclude_modules, skip, _describe
+            )
+        else:
+            found, faults = find(
+                "target_modules", self.target_modules, modules, layers.is_adaptable, self.exclude_modules, skip, _describe
+            )
+        # attention's output layer is part of its attention
+        for path, module in list(found.items()):
+            if isinstance(module, nn.MultiheadAttention):
+                found.setdefault(f"{path}.out_proj", module.out_proj)
+        return found, faults
+
+    def _parameters(self, model: nn.Module, skip: Container[str]) -> tuple[dict[str, Tensor], list[str]]:
+        if not self.target_parameters:
+            return {}, []
+        parameters: dict[str, Tensor] = {
+            f"{path}.{name}" if path else name: parameter
+            for path, module in base_modules(model)
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        return find(
+            "target_parameters",
+            self.target_parameters,
+            parameters,
+            lambda parameter: parameter.dim() in (2, 3),
+            [],
+            skip,
+            lambda parameter: f"of shape {tuple(parameter.shape)}",
+        )
+
+    def _pattern_faults(self, paths: Sequence[str]) -> list[str]:
+        names = {path.rsplit(".", 1)[-1] for path in paths}
+        return [
+            f"{name}: {key!r} matches no targeted module{suggestion(key, sorted(names))}"
+            for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern))
+            for key in patterns
+            if paths and not any(pattern_value({key: True}, path, False) for path in paths)
+        ]
+
+
+def _describe(module: nn.Module) -> str:
+    return f"a {type(module).__name__}"

@@ -1,0 +1,33 @@
+"""Which tensors are the adapter's, how they are stored, and whether they fit the model that they are loaded into."""
+
+from lightning_peft.state.files import AtomicCheckpointIO, read_checkpoint
+from lightning_peft.state.fingerprint import Fingerprint, fingerprint, sample_bytes
+from lightning_peft.state.selection import (
+    adapter_tensors,
+    base_buffers,
+    base_fingerprint,
+    base_keys,
+    base_parameters,
+    tensor_faults,
+)
+from lightning_peft.state.spec import KEY, Spec, make_spec, method_of, spec_faults, spec_of
+
+__all__ = [
+    "KEY",
+    "AtomicCheckpointIO",
+    "Fingerprint",
+    "Spec",
+    "adapter_tensors",
+    "base_buffers",
+    "base_fingerprint",
+    "base_keys",
+    "base_parameters",
+    "fingerprint",
+    "make_spec",
+    "method_of",
+    "read_checkpoint",
+    "sample_bytes",
+    "spec_faults",
+    "spec_of",
+    "tensor_faults",
+]

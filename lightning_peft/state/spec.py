@@ -1,0 +1,100 @@
+"""What a checkpoint says of its adapter beside the tensors: the method, its fields, and the base it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lightning_peft.methods import METHODS
+from lightning_peft.methods.base import Method
+from lightning_peft.methods.errors import PEFTError, suggestion
+from lightning_peft.state.fingerprint import Fingerprint, differences
+
+KEY = "peft"
+"""Where a checkpoint holds its spec."""
+FORMAT = 1
+
+Spec = dict[str, Any]
+
+
+def make_spec(method: Method, adapter_name: str, modules_to_save: list[str], base: Fingerprint) -> Spec:
+    """The spec of one adapter, in plain types that `torch.load(weights_only=True)` takes."""
+    try:
+        own_version = version("lightning-peft")
+    except PackageNotFoundError:
+        own_version = "unknown"
+    return {
+        "format": FORMAT,
+        "version": own_version,
+        "method": {"name": type(method).__name__, "fields": method.fields()},
+        "adapter_name": adapter_name,
+        "modules_to_save": modules_to_save,
+        "base": base,
+    }
+
+
+def spec_of(checkpoint: Mapping[str, Any], source: str) -> Spec:
+    """The spec that `checkpoint` holds.
+
+    Raises:
+        PEFTError: it has none, or one of a newer format.
+    """
+    spec = checkpoint.get(KEY)
+    if not isinstance(spec, dict) or "method" not in spec:
+        raise PEFTError(
+            f"{source}: holds no adapter. To start from the weights of a whole model, load them first "
+            "(MyModule.load_from_checkpoint) and fit without ckpt_path; ckpt_path resumes a run with adapters"
+        )
+    if spec.get("format", 0) > FORMAT:
+        raise PEFTError(f"{source}: was written by lightning-peft {spec.get('version')}; update lightning-peft to load it")
+    return spec
+
+
+def method_of(spec: Spec) -> Method:
+    """The method that `spec` describes.
+
+    Raises:
+        PEFTError: the method or a field is unknown here, or a value breaks its rule.
+    """
+    name, fields = spec["method"]["name"], spec["method"]["fields"]
+    known = {**{cls.__name__: cls for cls in _subclasses(Method)}, **METHODS}
+    if name not in known:
+        raise PEFTError(f"method {name!r} is not known here{suggestion(name, known)}; import the module that defines it first")
+    try:
+        return known[name](**fields)
+    except TypeError as error:
+        raise PEFTError(f"method {name}: {error}; the checkpoint is of lightning-peft {spec.get('version')}") from error
+
+
+def spec_faults(ours: Spec, theirs: Spec, allow_other_base: bool) -> list[str]:
+    """Why a checkpoint with the spec `theirs` can't be loaded into a run with `ours`; empty where it can.
+
+    Fields that only steer training, and those that say where adapters go, may differ: the tensors' names tell the latter.
+    """
+    our_method, their_method = ours["method"], theirs["method"]
+    faults = []
+    if our_method["name"] != their_method["name"]:
+        faults.append(f"the checkpoint's method is {their_method['name']}, this run's is {our_method['name']}")
+    else:
+        free = METHODS[our_method["name"]].training_only if our_method["name"] in METHODS else frozenset[str]()
+        faults += [
+            f"{our_method['name']}.{name} is {theirs_value!r} in the checkpoint and {our_method['fields'].get(name)!r} here"
+            for name, theirs_value in their_method["fields"].items()
+            if name not in free and our_method["fields"].get(name) != theirs_value
+        ]
+    if ours["adapter_name"] != theirs["adapter_name"]:
+        faults.append(f"the checkpoint's adapter_name is {theirs['adapter_name']!r}, this run's is {ours['adapter_name']!r}")
+    other = differences(ours["base"], theirs["base"])
+    if other and not allow_other_base:
+        faults.append(
+            f"the base is not the one that the adapter was trained on ({' and '.join(other)}); load that base, or pass "
+            "allow_other_base=True if you mean it"
+        )
+    return faults
+
+
+def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
