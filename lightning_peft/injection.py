@@ -10,8 +10,8 @@ from typing import TypeVar, cast
 from torch import nn
 
 from lightning_peft.methods._host import (
+    Adapter,
     FrozenStatistics,
-    Host,
     SlowPath,
     Swapped,
     hosts,
@@ -20,7 +20,7 @@ from lightning_peft.methods._host import (
 )
 from lightning_peft.methods._saved_copy import saved_copies
 from lightning_peft.methods._targets import base_modules, find
-from lightning_peft.methods.base import Adapter, Method
+from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError, suggestion
 
 M = TypeVar("M", bound=nn.Module)
@@ -47,15 +47,15 @@ def records(model: nn.Module) -> dict[str, Record]:
 def inject(model: M, method: Method, *, adapter_name: str = "default", modules_to_save: Sequence[str] = ()) -> M:
     """Attach `method`'s adapters to `model` in place, and freeze all else.
 
-    The base keeps its modules, names, values and dtypes. A normalization layer with running statistics is kept in eval mode,
-    unless it is in `modules_to_save`.
+    The base keeps its modules, names, values and dtypes. A normalization layer with running statistics is kept in eval
+    mode, unless it is in `modules_to_save`.
 
     Args:
         model: any module, on any device, meta included.
         method: what to attach.
         adapter_name: several adapters can stand on one model; the one injected last is active and trains.
-        modules_to_save: names or path endings of modules to train whole, such as a new classification head. Each is trained in
-            a copy, its original is kept beside it.
+        modules_to_save: names or path endings of modules to train whole, such as a new classification head. Each is
+            trained in a copy, its original is kept beside it.
 
     Returns:
         The same object.
@@ -65,9 +65,13 @@ def inject(model: M, method: Method, *, adapter_name: str = "default", modules_t
     """
     saved, faults = _saved_modules(model, modules_to_save)
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
-        faults.append(f"adapter_name: {adapter_name!r} can't be one: it must be without dots, and no attribute of ModuleDict")
+        faults.append(
+            f"adapter_name: {adapter_name!r} can't be one: it must be without dots, and no attribute of ModuleDict"
+        )
     elif adapter_name in adapter_names(model):
-        faults.append(f"adapter_name: the model has an adapter {adapter_name!r}; choose another name, or remove(model) first")
+        faults.append(
+            f"adapter_name: the model has an adapter {adapter_name!r}; choose another name, or remove(model) first"
+        )
     try:
         attachments = method.attachments(model, saved)
     except PEFTError as error:
@@ -101,7 +105,8 @@ def inject(model: M, method: Method, *, adapter_name: str = "default", modules_t
 
 
 def remove(model: M) -> M:
-    """Take every adapter off `model`: its classes, keys, values and trainable parameters are those from before `inject`.
+    """Take every adapter off `model`: its classes, keys, values and trainable parameters are those from before
+    `inject`.
 
     Returns:
         The same object; one without adapters is left as it is.
@@ -126,7 +131,9 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def adapters(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
     """The adapters of that name, by the path of the module that each stands on."""
-    return {path: cast(Adapter, host.adapters[adapter_name]) for path, host in hosts(model) if adapter_name in host.adapters}
+    return {
+        path: cast(Adapter, host.adapters[adapter_name]) for path, host in hosts(model) if adapter_name in host.adapters
+    }
 
 
 def set_adapter(model: nn.Module, name: str) -> None:
@@ -178,7 +185,9 @@ def adapter_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[N
     known = adapter_names(model)
     wrong = sorted({name for name in names if name is not None and name not in known})
     if wrong:
-        raise PEFTError([f"adapter {name!r}: the model has {', '.join(known)}{suggestion(name, known)}" for name in wrong])
+        raise PEFTError(
+            [f"adapter {name!r}: the model has {', '.join(known)}{suggestion(name, known)}" for name in wrong]
+        )
     try:
         for _, host in hosts(model):
             host.row_adapters = tuple(names)
@@ -211,4 +220,3 @@ def _saved_modules(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, nn
         describe=lambda module: f"a {type(module).__name__} without parameters",
     )
     return found, faults
-

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_peft.callback.compatibility import check_trainer
-from lightning_peft.callback.module import AdaptedModule, Plan, adapt, mark_buffers
+from lightning_peft.callback.module import AdaptedModule, Plan, adapt, go_on_with_random_numbers, mark_buffers
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import AtomicCheckpointIO, method_of, read_checkpoint, spec_of
@@ -24,8 +24,8 @@ L = TypeVar("L", bound=pl.LightningModule)
 class PEFT(pl.Callback):
     """Fine-tune a LightningModule, whose code stays as it is, by a parameter-efficient method.
 
-    Once the model is configured, the adapters are attached and all else is frozen; optimizers get what trains; checkpoints hold
-    the adapters' tensors and no frozen one, and are checked against the model before they are loaded.
+    Once the model is configured, the adapters are attached and all else is frozen; optimizers get what trains;
+    checkpoints hold the adapters' tensors and no frozen one, and are checked against the model before they are loaded.
 
     Args:
         method: the method, for example `LoRA(r=8, target_modules=["query", "value"])`.
@@ -43,7 +43,9 @@ class PEFT(pl.Callback):
         allow_other_base: bool = False,
     ) -> None:
         if not isinstance(method, Method):
-            raise PEFTError(f"PEFT.method: {method!r} is no method; give one of lightning_peft's, for example LoRA(r=8)")
+            raise PEFTError(
+                f"PEFT.method: {method!r} is no method; give one of lightning_peft's, for example LoRA(r=8)"
+            )
         self.method = method
         self.modules_to_save = modules_to_save if isinstance(modules_to_save, str) else list(modules_to_save)
         self.adapter_name = adapter_name
@@ -61,9 +63,13 @@ class PEFT(pl.Callback):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print what will be trained."""
+        """Print what will be trained; after a resume, go on with the random numbers of the run that wrote the
+        checkpoint."""
         if isinstance(pl_module, AdaptedModule):
             mark_buffers(pl_module)
+            if trainer.world_size == 1:
+                # the next thing that Lightning draws is the data loader's seed, as it does when an epoch begins
+                go_on_with_random_numbers(pl_module)
         rank_zero_only(print_summary)(pl_module)
 
 
@@ -80,7 +86,8 @@ def load_from_checkpoint(
         **kwargs: arguments of `cls`, where the checkpoint's hyper-parameters lack or shall not decide them.
 
     Raises:
-        PEFTError: the file is unreadable or holds no adapter, or the adapter does not fit the module; nothing is half loaded.
+        PEFTError: the file is unreadable or holds no adapter, or the adapter does not fit the module; nothing is half
+            loaded.
     """
     checkpoint = read_checkpoint(path, map_location)
     spec = spec_of(checkpoint, str(path))

@@ -23,16 +23,14 @@ def check_trainer(trainer: pl.Trainer, callback: PEFT) -> None:
     before = callbacks[: callbacks.index(callback)]
     start_method = getattr(trainer.strategy, "_start_method", "popen")
     reasons = {
-        "StochasticWeightAveraging copies the model before adapters are attached; use WeightAveraging, listed after PEFT": any(
-            isinstance(other, StochasticWeightAveraging) for other in callbacks
-        ),
+        "StochasticWeightAveraging copies the model before adapters are attached; use WeightAveraging, listed after "
+        "PEFT": any(isinstance(other, StochasticWeightAveraging) for other in callbacks),
         "WeightAveraging is listed before PEFT and would copy the model without adapters; list it after PEFT": any(
             isinstance(other, WeightAveraging) for other in before
         ),
         "two PEFT callbacks are in one Trainer; leave one": any(isinstance(other, type(callback)) for other in before),
-        f"strategy {start_method!r} trains in child processes, and the adapters would be lost with them; use strategy='ddp'": (
-            start_method in ("spawn", "fork", "forkserver")
-        ),
+        f"strategy {start_method!r} trains in child processes, and the adapters would be lost with them; use "
+        "strategy='ddp'": start_method in ("spawn", "fork", "forkserver"),
     }
     if faults := [reason for reason, is_so in reasons.items() if is_so]:
         raise PEFTError(faults)

@@ -1,9 +1,9 @@
 """What a LightningModule does differently while adapters stand on it.
 
-Its class is swapped for a subclass, as that of an adapted layer is: so its hooks can inject once the model exists, write
-adapter-only checkpoints whoever asks for one, and check what is loaded before anything is, while the module can still be copied and
-pickled. No callback's hook runs at those moments: none between `configure_model` and the restore, none before the weights are
-loaded, and none at all in a checkpoint of weights only.
+Its class is swapped for a subclass, as that of an adapted layer is: so its hooks can inject once the model exists,
+write adapter-only checkpoints whoever asks for one, and check what is loaded before anything is, while the module can
+still be copied and pickled. No callback's hook runs at those moments: none between `configure_model` and the restore,
+none before the weights are loaded, and none at all in a checkpoint of weights only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_peft.callback.optimizers import keep_trainable
@@ -24,21 +24,24 @@ from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import (
     KEY,
+    RNGState,
     Spec,
     adapter_tensors,
     base_buffers,
     base_fingerprint,
     base_keys,
     make_spec,
+    rng_state,
     sample_bytes,
+    set_rng_state,
     spec_faults,
     spec_of,
     tensor_faults,
 )
 
 NOTICE = (
-    "lightning_peft: this checkpoint holds adapters alone; load it with lightning_peft.load_from_checkpoint(MyModule, path), "
-    "or give the Trainer the PEFT callback"
+    "lightning_peft: this checkpoint holds adapters alone; load it with lightning_peft.load_from_checkpoint(MyModule, "
+    "path), or give the Trainer the PEFT callback"
 )
 """A key among the tensors: stock loading lists keys that it does not expect, and so says what to call."""
 HOOKS = ("configure_model", "configure_optimizers", "on_save_checkpoint", "on_load_checkpoint", "load_state_dict")
@@ -62,6 +65,8 @@ class Plan:
     buffers_at_start: dict[str, tuple[bytes, int]] = field(default_factory=dict)
     moved_buffers: set[str] = field(default_factory=set)
     """Buffers of the base that training moves: a checkpoint holds them, for nothing else could restore them."""
+    rng_to_restore: RNGState | None = None
+    """The random number generators' states in the checkpoint that was loaded, until training starts."""
 
 
 class AdaptedModule(Swapped, LightningModule):
@@ -104,6 +109,9 @@ class AdaptedModule(Swapped, LightningModule):
                 checkpoint[name] = {key: tensor for key, tensor in checkpoint[name].items() if key in kept}
         checkpoint["state_dict"][NOTICE] = torch.empty(0)
         checkpoint[KEY] = {**plan.spec, "moved_buffers": sorted(plan.moved_buffers)}
+        if "optimizer_states" in checkpoint:
+            # Lightning does not keep them, and a resumed run would shuffle and drop otherwise than the unbroken one
+            checkpoint[KEY]["rng"] = rng_state()
         _drop_modules(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -121,6 +129,7 @@ class AdaptedModule(Swapped, LightningModule):
         checkpoint["state_dict"].pop(NOTICE, None)
         self._check(checkpoint["state_dict"], spec)
         self._peft_plan.moved_buffers |= set(spec.get("moved_buffers", ()))
+        self._peft_plan.rng_to_restore = spec.get("rng")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the adapter's tensors, or all of the module's; nothing is loaded where any would not fit.
@@ -166,10 +175,11 @@ def adapt(module: LightningModule, plan: Plan) -> None:
         same = type(there.method) is type(plan.method) and there.method.fields() == plan.method.fields()
         if not same or (there.adapter_name, there.modules_to_save) != (plan.adapter_name, plan.modules_to_save):
             raise PEFTError(
-                f"the module already carries {there.method} as adapter {there.adapter_name!r}, and not {plan.method} as "
-                f"{plan.adapter_name!r}; call lightning_peft.remove(module) first to start anew"
+                f"the module already carries {there.method} as adapter {there.adapter_name!r}, and not {plan.method} "
+                f"as {plan.adapter_name!r}; call lightning_peft.remove(module) first to start anew"
             )
         there.allow_other_base = plan.allow_other_base
+        there.rng_to_restore = None
         return
     plan.own_hooks = {name: vars(module).pop(name) for name in HOOKS if name in vars(module)}
     vars(module)["_peft_plan"] = plan
@@ -178,12 +188,22 @@ def adapt(module: LightningModule, plan: Plan) -> None:
 
 def mark_buffers(module: AdaptedModule) -> None:
     """Note what the base's buffers hold as training starts, to tell later which of them it moved."""
-    samples = {name: (sample_bytes(buffer, BUFFER_SAMPLES), buffer._version) for name, buffer in base_buffers(module).items()}
+    samples = {
+        name: (sample_bytes(buffer, BUFFER_SAMPLES), buffer._version) for name, buffer in base_buffers(module).items()
+    }
     module._peft_plan.buffers_at_start = samples
 
 
+def go_on_with_random_numbers(module: AdaptedModule) -> None:
+    """After a resume, put the random number generators where the run that wrote the checkpoint had them."""
+    if module._peft_plan.rng_to_restore is not None:
+        set_rng_state(module._peft_plan.rng_to_restore)
+        module._peft_plan.rng_to_restore = None
+
+
 def wake(module: nn.Module) -> None:
-    """Put into train mode what has parameters to train but was left in eval mode, as `from_pretrained` leaves a model."""
+    """Put into train mode what has parameters to train but was left in eval mode, as `from_pretrained` leaves a
+    model."""
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return
     if not module.training:
@@ -209,8 +229,8 @@ def _drop_modules(checkpoint: dict[str, Any]) -> None:
     modules = [name for name, value in parameters.items() if isinstance(value, nn.Module)]
     if modules:
         rank_zero_warn(
-            f"the hyper-parameters {', '.join(modules)} are modules and are not saved; use save_hyperparameters(ignore={modules}), "
-            "and give them to load_from_checkpoint"
+            f"the hyper-parameters {', '.join(modules)} are modules and are not saved; use "
+            f"save_hyperparameters(ignore={modules}), and give them to load_from_checkpoint"
         )
         kept = {name: value for name, value in parameters.items() if name not in modules}
         checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY] = kept
@@ -218,7 +238,7 @@ def _drop_modules(checkpoint: dict[str, Any]) -> None:
 
 def _forgive_frozen_keys(module: nn.Module) -> None:
     # on the module itself and not in load_state_dict: WeightAveraging loads a copy of it as a child of its own module
-    module.register_load_state_dict_post_hook(_forgive)
+    module.register_load_state_dict_post_hook(_forgive)  # type: ignore[no-untyped-call]
 
 
 def _forgive(module: nn.Module, incompatible: Any) -> None:

@@ -18,7 +18,9 @@ RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 RATE_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")
 
 
-def keep_trainable(configured: Any, trainable: Mapping[str, nn.Parameter], factors: Mapping[nn.Parameter, float]) -> None:
+def keep_trainable(
+    configured: Any, trainable: Mapping[str, nn.Parameter], factors: Mapping[nn.Parameter, float]
+) -> None:
     """Take frozen parameters out of the optimizers, and give parameters with a factor groups of their own; in place.
 
     Args:
@@ -40,13 +42,15 @@ def keep_trainable(configured: Any, trainable: Mapping[str, nn.Parameter], facto
                 optimizer.state.pop(parameter, None)
             # in place, since some optimizers (LBFGS) keep the list itself
             group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    held = {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    held = {
+        id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    }
     absent = [name for name, parameter in trainable.items() if id(parameter) not in held]
     if absent:
         raise PEFTError(
-            f"configure_optimizers: {len(absent)} of {len(trainable)} trainable parameters are in no optimizer ({absent[0]}"
-            f"{', …' if len(absent) > 1 else ''}). It seems to have been built before the adapters were attached, or over a part "
-            "of the model: build it in configure_optimizers, over self.parameters()"
+            f"configure_optimizers: {len(absent)} of {len(trainable)} trainable parameters are in no optimizer "
+            f"({absent[0]}{', …' if len(absent) > 1 else ''}). It seems to have been built before the adapters were "
+            "attached, or over a part of the model: build it in configure_optimizers, over self.parameters()"
         )
     for optimizer in optimizers:
         own = [scheduler for top in schedulers for scheduler in _flat(top) if scheduler.optimizer is optimizer]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_peft.methods._host import active, hosts, own_tensors
@@ -19,8 +19,8 @@ M = TypeVar("M", bound=nn.Module)
 def merge(model: M) -> M:
     """Fold the active adapter into the base's weights: the model computes the same without the adapter's cost.
 
-    The sum is taken in fp32 and stored in the base's dtype. A weight is replaced, and its original kept for `unmerge`, so that a
-    tensor tied to it keeps its value (and is not tied to it until `unmerge`).
+    The sum is taken in fp32 and stored in the base's dtype. A weight is replaced, and its original kept for `unmerge`,
+    so that a tensor tied to it keeps its value (and is not tied to it until `unmerge`).
 
     Returns:
         The same object.
@@ -45,7 +45,9 @@ def merge(model: M) -> M:
             original = own_tensors(host)[name]
             untied = owners[id(original)] - adapted
             if untied:
-                rank_zero_warn(f"merge: {path}.{name} is not tied to {', '.join(sorted(untied))} any more, until unmerge")
+                rank_zero_warn(
+                    f"merge: {path}.{name} is not tied to {', '.join(sorted(untied))} any more, until unmerge"
+                )
             new = value.to(original.dtype).contiguous().clone()
             if isinstance(original, nn.Parameter):
                 host._parameters[name] = nn.Parameter(new, requires_grad=False)

@@ -1,8 +1,8 @@
 """How an adapter stands on a module: the module's class is swapped, in place, for a subclass that consults the adapter.
 
-The module keeps its identity, its name in the tree, its parameters and their keys; `isinstance(module, nn.Linear)` stays
-true; and taking the adapters off is putting the old class back. The subclass is made on the fly, so that it works for any
-class, and is pickled by naming the class that it stands on.
+The module keeps its identity, its name in the tree, its parameters and their keys; `isinstance(module, nn.Linear)`
+stays true; and taking the adapters off is putting the old class back. The subclass is made on the fly, so that it works
+for any class, and is pickled by naming the class that it stands on.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ M = TypeVar("M", bound=nn.Module)
 class Adapter(nn.Module):
     """What one method puts beside one frozen module: raw parameters, and what they do to the module.
 
-    A method overrides `forward` to act on the module's output, or names tensors in `overrides` and gives them a value in
-    `effective`; whichever it uses, `merged` returns the module's tensors with the adapter folded in.
+    A method overrides `forward` to act on the module's output, or names tensors in `overrides` and gives them a value
+    in `effective`; whichever it uses, `merged` returns the module's tensors with the adapter folded in.
     """
 
     overrides: tuple[str, ...] = ()
@@ -47,7 +47,8 @@ class Swapped(nn.Module):
     """What is mixed in front of a module's own class; the pair is pickled by naming both."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, (_, *args), *state = super().__reduce_ex__(protocol)
+        reduced: tuple[Any, ...] = super().__reduce_ex__(protocol)  # type: ignore[assignment]
+        _, (_, *args), *state = reduced
         return (_rebuild, (own_class(self), mixins(self), overridden(self), *args), *state)
 
     def take_off(self) -> None:
@@ -85,7 +86,9 @@ class Host(Swapped):
         for name, original in self.merged_from.items():
             moved = original.to(own_tensors(self)[name].device)
             if isinstance(original, nn.Parameter):
-                self._parameters[name] = nn.Parameter(moved, original.requires_grad) if moved is not original else original
+                self._parameters[name] = (
+                    nn.Parameter(moved, original.requires_grad) if moved is not original else original
+                )
             else:
                 self._buffers[name] = moved
         self.merged_from = {}
@@ -121,7 +124,7 @@ class SlowPath(Swapped):
 
 
 @cache
-def _swapped_class(cls: type[nn.Module], mixed_in: tuple[type, ...], names: tuple[str, ...]) -> type[nn.Module]:
+def _swapped_class(cls: Any, mixed_in: tuple[type, ...], names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _effective_property(name) for name in names}
     if issubclass(cls, nn.RNNBase) and names:
         body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
@@ -171,7 +174,8 @@ def overridden(module: nn.Module) -> tuple[str, ...]:
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own parameters and buffers (not its children's) as they stand in it, unadapted; none that is None."""
+    """The module's own parameters and buffers (not its children's) as they stand in it, unadapted; none that is
+    None."""
     both = {**module._parameters, **module._buffers}
     return {name: tensor for name, tensor in both.items() if tensor is not None}
 
@@ -180,12 +184,13 @@ def swap(module: nn.Module, mixin: type | None = None, names: Iterable[str] = ()
     """Put `mixin` in front of the module's class (once), and read the tensors `names` through its active adapter."""
     mixed_in = mixins(module) if mixin is None or mixin in mixins(module) else (mixin, *mixins(module))
     all_names = tuple(dict.fromkeys((*overridden(module), *names)))
-    module.__class__ = _swapped_class(own_class(module), mixed_in, all_names)
+    own: Any = own_class(module)
+    module.__class__ = _swapped_class(own, mixed_in, all_names)
 
 
-def _rebuild(cls: type[nn.Module], mixed_in: tuple[type, ...], names: tuple[str, ...], *args: Any) -> nn.Module:
+def _rebuild(cls: Any, mixed_in: tuple[type, ...], names: tuple[str, ...], *args: Any) -> nn.Module:
     swapped = _swapped_class(cls, mixed_in, names)
-    return cast(nn.Module, swapped.__new__(swapped, *args))
+    return swapped.__new__(swapped, *args)
 
 
 def active(host: Host) -> Adapter | None:
@@ -210,7 +215,9 @@ def put(module: nn.Module, name: str, adapter: Adapter) -> None:
     """
     if not isinstance(module, Host):
         if hasattr(module, "adapters"):
-            raise PEFTError(f"{type(module).__name__} has an attribute 'adapters' of its own, where adapters would stand")
+            raise PEFTError(
+                f"{type(module).__name__} has an attribute 'adapters' of its own, where adapters would stand"
+            )
         swap(module, Host)
         module.adapters = nn.ModuleDict()
         vars(module).update(active_adapter=None, row_adapters=None, merged_from={}, _cached=None)

@@ -16,16 +16,18 @@ def from_weight_name(init: str) -> bool:
 def from_weight(init: str, W: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """A (…, r, in) and B (…, out, r) such that s·BA is the part of W (…, out, in) that the method starts from.
 
-    "pissa": W = USVᵀ, A = √(S/s)·Vᵀ, B = U·√(S/s), cut to the r largest singular values (arXiv 2404.02948, eq. 2 and 3);
-    "pissa_niter_N" finds them by N subspace iterations (arXiv 0909.4061). "olora": W = QR, A = R[:r], B = Q[:, :r] (arXiv
-    2406.01775, algorithm 1), whose s·BA is subtracted as it is.
+    "pissa": W = USVᵀ, A = √(S/s)·Vᵀ, B = U·√(S/s), cut to the r largest singular values (arXiv 2404.02948, eq. 2 and
+    3); "pissa_niter_N" finds them by N subspace iterations (arXiv 0909.4061). "olora": W = QR, A = R[:r], B = Q[:, :r]
+    (arXiv 2406.01775, algorithm 1), whose s·BA is subtracted as it is.
 
     Raises:
         PEFTError: r is larger than W has singular values.
     """
     limit = min(W.shape[-2:])
     if r > limit:
-        raise PEFTError(f"r: {r} is more than the {limit} that init {init!r} can take from a weight of {tuple(W.shape)}")
+        raise PEFTError(
+            f"r: {r} is more than the {limit} that init {init!r} can take from a weight of {tuple(W.shape)}"
+        )
     if init == "olora":
         Q, R = torch.linalg.qr(W)
         return R[..., :r, :], Q[..., :r]

@@ -1,7 +1,8 @@
-"""LoRA's layers: for each kind of module, the shapes of A and B, the update of its output, and the update of its weight.
+"""LoRA's layers: for each kind of module, the shapes of A and B, the update of its output, and the update of its
+weight.
 
-Every layer sees its weight as a matrix W (out, in), or as a stack of them (experts, out, in), whatever its shape is stored as;
-the starts (`_lora_init`), DoRA's norm and merging are written for that matrix.
+Every layer sees its weight as a matrix W (out, in), or as a stack of them (experts, out, in), whatever its shape is
+stored as; the starts (`_lora_init`), DoRA's norm and merging are written for that matrix.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def adapter_dtype(frozen: Tensor) -> torch.dtype:
 class LowRank(Adapter):
     """A and B beside one weight, and their scale s.
 
-    With an init that starts from W itself, the starting A₀ and B₀ are kept and subtracted (y = Wx + s·BAx − s·B₀A₀x): the
-    papers subtract them from W, but then the base and the adapter's file could not restore the model.
+    With an init that starts from W itself, the starting A₀ and B₀ are kept and subtracted (y = Wx + s·BAx − s·B₀A₀x):
+    the papers subtract them from W, but then the base and the adapter's file could not restore the model.
     """
 
     lora_A: nn.Parameter
@@ -93,18 +94,19 @@ class LowRank(Adapter):
     def reset_randomly(self, init: str) -> None:
         """A random, "gaussian" or Kaiming-uniform, and B zero."""
         nn.init.zeros_(self.lora_B)
-        for A in self.each_A():
+        for A in self.stack_of_A():
             if init == "gaussian":
                 nn.init.normal_(A, std=1 / self.r)
             else:
                 nn.init.kaiming_uniform_(A, a=math.sqrt(5))
 
-    def each_A(self) -> Iterable[Tensor]:
+    def stack_of_A(self) -> Iterable[Tensor]:
         """A, or the A of each expert."""
         return [self.lora_A]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B such that the update is s·BA: the trained ones, with the starting ones beside them to be subtracted."""
+        """A and B such that the update is s·BA: the trained ones, with the starting ones beside them to be
+        subtracted."""
         if "lora_A0" not in self._buffers:
             return self.lora_A, self.lora_B
         A = torch.cat([self.lora_A, cast(Tensor, self.lora_A0)], self.rank_dims[0])
@@ -186,7 +188,9 @@ class ConvLoRA(LowRank):
 
     def delta(self) -> Tensor:
         A, B = self.factors()
-        by_group = B.reshape(self.groups, B.shape[0] // self.groups, -1) @ A.reshape(self.groups, A.shape[0] // self.groups, -1)
+        by_group = B.reshape(self.groups, B.shape[0] // self.groups, -1) @ A.reshape(
+            self.groups, A.shape[0] // self.groups, -1
+        )
         return self.scale * by_group.flatten(0, 1)
 
     def update(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
@@ -203,8 +207,8 @@ class ConvLoRA(LowRank):
 class EmbeddingLoRA(LowRank):
     """Embedding: A (r, vocabulary) starts at zero and is looked up, B (dim, r) starts normal and maps rows to outputs.
 
-    An `embed_scale`, by which some transformers embeddings multiply their rows, multiplies the update too; with `max_norm` the
-    adapted rows are the ones whose norm is bounded, and the frozen ones are left as they are.
+    An `embed_scale`, by which some transformers embeddings multiply their rows, multiplies the update too; with
+    `max_norm` the adapted rows are the ones whose norm is bounded, and the frozen ones are left as they are.
     """
 
     def reset_randomly(self, init: str) -> None:
@@ -239,7 +243,8 @@ class EmbeddingLoRA(LowRank):
 
 
 class WeightLoRA(LowRank):
-    """A weight that no layer of its own multiplies with: attention's projections (out, in), experts' (experts, out, in).
+    """A weight that no layer of its own multiplies with: attention's projections (out, in), experts' (experts, out,
+    in).
 
     The module reads W + s·BA instead of W; A (…, r, in), B (…, out, r).
     """
@@ -251,7 +256,7 @@ class WeightLoRA(LowRank):
         is_stack = own_tensors(module)[self.weight_name].dim() == 3
         self.stored_transposed = is_stack and bool(getattr(module, "is_transposed", False))
 
-    def each_A(self) -> Iterable[Tensor]:
+    def stack_of_A(self) -> Iterable[Tensor]:
         return self.lora_A if self.lora_A.dim() == 3 else [self.lora_A]
 
     def shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -281,8 +286,8 @@ class WeightsLoRA(Adapter):
         super().__init__()
         if any(option["dropout"] for option in options.values()):
             raise PEFTError(
-                f"dropout: a {type(module).__name__} multiplies its input with the weights itself, where dropout can't reach; "
-                "set it to 0 or exclude the module"
+                f"dropout: a {type(module).__name__} multiplies its input with the weights itself, where dropout can't "
+                "reach; set it to 0 or exclude the module"
             )
         self.overrides = tuple(options)
         for name, option in options.items():

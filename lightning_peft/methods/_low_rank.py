@@ -15,8 +15,8 @@ Delta = Callable[[Tensor, Tensor, Tensor], Tensor]
 def dropout_seed(p: float, training: bool) -> int | None:
     """A fresh seed from torch's CPU generator, or None where nothing is dropped.
 
-    Drawn on the CPU, so that a GPU is never waited for; under activation checkpointing torch gives that generator back its
-    state, and the recomputed layer draws the same seed.
+    Drawn on the CPU, so that a GPU is never waited for; under activation checkpointing torch gives that generator back
+    its state, and the recomputed layer draws the same seed.
     """
     return int(torch.empty((), dtype=torch.int64).random_().item()) if training and p > 0 else None
 
@@ -32,12 +32,14 @@ def dropped(x: Tensor, p: float, seed: int | None) -> Tensor:
 class _LinearUpdate(torch.autograd.Function):
     """y + s·B(A·drop(x)): x (…, in), A (r, in), B (out, r), y (…, out).
 
-    Computed in y's dtype: x, which may be fp32 under autocast, is cast down for the products and never copied up. Backward
-    recomputes A·drop(x), which is r wide, and the mask from its seed.
+    Computed in y's dtype: x, which may be fp32 under autocast, is cast down for the products and never copied up.
+    Backward recomputes A·drop(x), which is r wide, and the mask from its seed.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int | None) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int | None
+    ) -> Tensor:
         ctx.save_for_backward(x, A, B)
         ctx.options = y.dtype, scale, p, seed
         h = dropped(x.reshape(-1, x.shape[-1]).to(y.dtype), p, seed) @ A.to(y.dtype).T
@@ -61,7 +63,8 @@ class _LinearUpdate(torch.autograd.Function):
 
 
 class _RecomputedUpdate(torch.autograd.Function):
-    """y + delta(x, A, B) for any `delta`, which the backward pass computes again instead of keeping what it went through."""
+    """y + delta(x, A, B) for any `delta`, which the backward pass computes again instead of keeping what it went
+    through."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, delta: Delta) -> Tensor:
@@ -72,10 +75,10 @@ class _RecomputedUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:4]
-        inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True)]
+        x, A, B = (t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True))
         with torch.enable_grad():
-            output = _in_dtype(ctx.delta, *inputs, ctx.dtype)
-        found = iter(torch.autograd.grad(output, [t for t in inputs if t.requires_grad], grad))
+            output = _in_dtype(ctx.delta, x, A, B, ctx.dtype)
+        found = iter(torch.autograd.grad(output, [t for t in (x, A, B) if t.requires_grad], grad))
         return grad, *(next(found) if need else None for need in needs), None
 
 
@@ -100,7 +103,7 @@ def linear_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: f
     if torch.compiler.is_compiling() and training and p > 0:
         # a generator with a seed of its own can't be traced; the compiler recomputes its own dropout's mask
         x, p = F.dropout(x, p), 0.0
-    result: Tensor = _LinearUpdate.apply(y, x, A, B, scale, p, dropout_seed(p, training))
+    result: Tensor = _LinearUpdate.apply(y, x, A, B, scale, p, dropout_seed(p, training))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -109,5 +112,5 @@ def recomputed_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, delta: Delta) 
     if torch.compiler.is_compiling():
         # the compiler chooses by itself what to keep and what to recompute
         return y + _in_dtype(delta, x, A, B, y.dtype)
-    result: Tensor = _RecomputedUpdate.apply(y, x, A, B, delta)
+    result: Tensor = _RecomputedUpdate.apply(y, x, A, B, delta)  # type: ignore[no-untyped-call]
     return result

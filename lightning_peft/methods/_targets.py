@@ -1,10 +1,11 @@
-"""Which modules of a model a pattern means, with the meaning that HF peft gives it, and what to say when it means none."""
+"""Which modules of a model a pattern means, with the meaning that HF peft gives it, and what to say when it means
+none."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -29,7 +30,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def matches(path: str, patterns: str | Sequence[str]) -> bool:
-    """Whether `path` is meant: a string is a regular expression for the whole path, a list has names or path endings."""
+    """Whether `path` is meant: a string is a regular expression for the whole path, a list has names or path
+    endings."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, path) is not None
     return any(path == pattern or path.endswith(f".{pattern}") for pattern in patterns)
@@ -61,10 +63,10 @@ def output_heads(model: nn.Module) -> set[str]:
     """Paths below which a transformers model has its output head: what "all-linear" leaves alone."""
     heads: set[str] = set()
     for path, module in base_modules(model):
-        if not hasattr(module, "get_output_embeddings"):
+        get_output: Any = getattr(module, "get_output_embeddings", None)
+        if get_output is None:
             continue
-        base = getattr(module, "base_model", module)
-        output = module.get_output_embeddings()
+        base, output = getattr(module, "base_model", module), get_output()
         for name, child in base_modules(module):
             own = name and "." not in name and base is not module and child is not base
             if own or (output is not None and child is output):
@@ -83,8 +85,8 @@ def find(
 ) -> tuple[dict[str, V], list[str]]:
     """The `things` (modules or parameters, by path) that `patterns` mean, and what is wrong with the patterns.
 
-    Every name of a list has to match, and to match only what is `usable`; a regular expression may sweep over other things,
-    but has to find one that is usable.
+    Every name of a list has to match, and to match only what is `usable`; a regular expression may sweep over other
+    things, but has to find one that is usable.
     """
     found: dict[str, V] = {}
     faults: list[str] = []
@@ -101,7 +103,9 @@ def find(
             faults.append(f"{field}: all that {pattern!r} matches is left out by exclude_modules or modules_to_save")
         elif wrong and (not isinstance(patterns, str) or len(wrong) == len(kept)):
             what = describe(kept[wrong[0]])
-            faults.append(f"{field}: {pattern!r} matches {wrong[0]}, {what}{_listed(names, ', which can not be adapted')}")
+            faults.append(
+                f"{field}: {pattern!r} matches {wrong[0]}, {what}{_listed(names, ', which can not be adapted')}"
+            )
         found |= {path: thing for path, thing in kept.items() if usable(thing)}
     if exclude and not any(matches(path, exclude) for path in things):
         hint = suggestion(str(exclude if isinstance(exclude, str) else exclude[0]), names)
@@ -112,4 +116,8 @@ def find(
 def _listed(names: Iterable[str], lead: str = "") -> str:
     listed = list(names)
     rest = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-    return f"{lead}; names that can be: {', '.join(listed[:8])}{rest}" if listed else f"{lead}; the model has none that can be"
+    return (
+        f"{lead}; names that can be: {', '.join(listed[:8])}{rest}"
+        if listed
+        else f"{lead}; the model has none that can be"
+    )

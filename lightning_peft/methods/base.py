@@ -1,4 +1,5 @@
-"""What every method is: fields that are checked when it is made, and the adapters that it would stand on a model's modules."""
+"""What every method is: fields that are checked when it is made, and the adapters that it would stand on a model's
+modules."""
 
 from __future__ import annotations
 

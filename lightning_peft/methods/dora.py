@@ -24,12 +24,14 @@ class _Magnitude(layers.LowRank):
     @torch.no_grad()
     def row_norm(self, weight: Tensor) -> Tensor:
         """‖W + s·BA‖ (…, out) in the adapter's dtype, which section 4.3 of the paper keeps out of the gradient."""
-        return torch.linalg.vector_norm(self.as_matrix(weight).to(self.lora_A.dtype) + self.delta(), dim=-1)
+        norm: Tensor = torch.linalg.vector_norm(self.as_matrix(weight).to(self.lora_A.dtype) + self.delta(), dim=-1)
+        return norm
 
     def ratio(self, weight: Tensor) -> Tensor:
         """m / ‖W + s·BA‖ (…, out); a row of zeros has magnitude 0 and keeps it until it is trained."""
         norm = self.row_norm(weight)
-        return self.lora_magnitude_vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        magnitude: Tensor = self.lora_magnitude_vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        return magnitude
 
     def adapted(self, module: nn.Module, weight: Tensor, delta: Tensor) -> Tensor:
         return self.ratio(weight)[..., None] * super().adapted(module, weight, delta)
@@ -50,7 +52,7 @@ class LinearDoRA(_Magnitude, layers.LinearLoRA):
     def row_norm(self, weight: Tensor) -> Tensor:
         W = self.as_matrix(weight)
         A, B = self.factors()
-        square = torch.linalg.vector_norm(W, dim=-1, dtype=A.dtype).square()
+        square: Tensor = torch.linalg.vector_norm(W, dim=-1, dtype=A.dtype).square()
         cross = (B * (W @ A.to(W.dtype).T).to(B.dtype)).sum(-1)
         own = (B * (B @ (A @ A.T))).sum(-1)
         return (square + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()

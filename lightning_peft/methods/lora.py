@@ -18,6 +18,7 @@ from lightning_peft.methods._targets import (
     find,
     inside,
     is_conv1d,
+    matches,
     output_heads,
     pattern_faults,
     pattern_value,
@@ -89,7 +90,8 @@ class LoRA(Method):
                 self.init not in INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", self.init)
             ),
             **{
-                f"rank_pattern: {key!r} has rank {r}; it must be 1 or more": r < 1 for key, r in self.rank_pattern.items()
+                f"rank_pattern: {key!r} has rank {r}; it must be 1 or more": r < 1
+                for key, r in self.rank_pattern.items()
             },
         }
         expressions = {
@@ -134,7 +136,9 @@ class LoRA(Method):
         """`lora_plus` for every B."""
         if self.lora_plus is None:
             return {}
-        parts = [part for adapter in attached.values() for part in adapter.modules() if isinstance(part, layers.LowRank)]
+        parts = [
+            part for adapter in attached.values() for part in adapter.modules() if isinstance(part, layers.LowRank)
+        ]
         return {part.lora_B: self.lora_plus for part in parts}
 
     def _options(self, path: str) -> dict[str, Any]:
@@ -161,21 +165,31 @@ class LoRA(Method):
             linear = {
                 path: module
                 for path, module in modules.items()
-                if (isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)) and not inside(path, heads)
+                if (isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module))
+                and not inside(path, heads)
             }
             if not linear:
-                return {}, [f"target_modules: {ALL_LINEAR!r} matches nothing; {type(model).__name__} has no linear layer"]
+                return {}, [
+                    f"target_modules: {ALL_LINEAR!r} matches nothing; {type(model).__name__} has no linear layer"
+                ]
             found, faults = find(
                 "target_modules", r".*", linear, layers.is_adaptable, self.exclude_modules, skip, _describe
             )
         else:
             found, faults = find(
-                "target_modules", self.target_modules, modules, layers.is_adaptable, self.exclude_modules, skip, _describe
+                "target_modules",
+                self.target_modules,
+                modules,
+                layers.is_adaptable,
+                self.exclude_modules,
+                skip,
+                _describe,
             )
         # attention's output layer is part of its attention
         for path, module in list(found.items()):
-            if isinstance(module, nn.MultiheadAttention):
-                found.setdefault(f"{path}.out_proj", module.out_proj)
+            output = f"{path}.out_proj"
+            if isinstance(module, nn.MultiheadAttention) and not matches(output, self.exclude_modules):
+                found.setdefault(output, module.out_proj)
         return found, faults
 
     def _parameters(self, model: nn.Module, skip: Container[str]) -> tuple[dict[str, Tensor], list[str]]:

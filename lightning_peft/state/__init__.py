@@ -2,6 +2,7 @@
 
 from lightning_peft.state.files import AtomicCheckpointIO, read_checkpoint
 from lightning_peft.state.fingerprint import Fingerprint, fingerprint, sample_bytes
+from lightning_peft.state.rng import RNGState, rng_state, set_rng_state
 from lightning_peft.state.selection import (
     adapter_tensors,
     base_buffers,
@@ -16,6 +17,7 @@ __all__ = [
     "KEY",
     "AtomicCheckpointIO",
     "Fingerprint",
+    "RNGState",
     "Spec",
     "adapter_tensors",
     "base_buffers",
@@ -26,7 +28,9 @@ __all__ = [
     "make_spec",
     "method_of",
     "read_checkpoint",
+    "rng_state",
     "sample_bytes",
+    "set_rng_state",
     "spec_faults",
     "spec_of",
     "tensor_faults",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -30,13 +31,14 @@ def read_checkpoint(path: _PATH, map_location: Any = "cpu", weights_only: bool =
     except (FileNotFoundError, IsADirectoryError) as error:
         raise PEFTError(f"{path}: there is no such checkpoint file{_siblings(path)}") from error
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error) and "Weights only" not in str(error):
+        forbidden = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        if forbidden is None:
             raise _unreadable(path, error) from error
         raise PEFTError(
             f"{path}: holds Python objects other than tensors and plain types, which could run code when loaded "
-            f"({_first_line(error)}); if you trust the file, pass weights_only=False to trainer.fit, test or predict"
+            f"({forbidden[1]}); if you trust the file, pass weights_only=False to trainer.fit, test or predict"
         ) from error
-    except (RuntimeError, EOFError, BadZipFile, KeyError, ValueError, AttributeError) as error:
+    except (OSError, RuntimeError, EOFError, BadZipFile, KeyError, ValueError, AttributeError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(checkpoint, dict):
         raise _unreadable(path, TypeError(f"holds a {type(checkpoint).__name__}"))
@@ -44,7 +46,8 @@ def read_checkpoint(path: _PATH, map_location: Any = "cpu", weights_only: bool =
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own file format, written beside its place and then renamed: at any moment the file is whole or absent."""
+    """Lightning's own file format, written beside its place and then renamed: at any moment the file is whole or
+    absent."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         """Write `checkpoint` to `path`; an address of a remote store goes to Lightning's own writer."""
@@ -62,7 +65,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         unfinished.replace(target)
         _sync_folder(target.parent)
 
-    def load_checkpoint(self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """As `read_checkpoint`; `weights_only=False` is the user's word that the file is trusted."""
         return read_checkpoint(path, map_location, weights_only is not False)
 
@@ -80,12 +85,13 @@ def _sync_folder(folder: Path) -> None:
 def _unreadable(path: _PATH, error: Exception) -> PEFTError:
     size = f"{Path(path).stat().st_size:,} bytes" if Path(path).is_file() else "not a local file"
     return PEFTError(
-        f"{path}: is truncated or no checkpoint ({size}; {_first_line(error)}); resume from another one{_siblings(path)}"
+        f"{path}: is truncated or no checkpoint ({size}; {_first_line(error)}); "
+        f"resume from another one{_siblings(path)}"
     )
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    return next(iter(re.split(r"\n|\. ", str(error).strip())), "")[:200] or type(error).__name__
 
 
 def _siblings(path: _PATH) -> str:

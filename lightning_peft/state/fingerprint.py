@@ -27,7 +27,8 @@ def fingerprint(base: Mapping[str, Tensor]) -> Fingerprint:
     """SHA-256 digests of the base's names and shapes, of its dtypes, and of sampled values.
 
     Args:
-        base: the frozen parameters by name. 1 GB of them takes well under a second, since only `SAMPLES` values of each are read.
+        base: the frozen parameters by name. 1 GB of them takes well under a second, since only `SAMPLES` values of each
+            are read.
     """
     tensors = sorted(base.items())
     parts = {
@@ -39,10 +40,6 @@ def fingerprint(base: Mapping[str, Tensor]) -> Fingerprint:
 
 
 def differences(ours: Fingerprint, theirs: Fingerprint) -> list[str]:
-    """How two bases differ, in words; empty where they are the same."""
-    words = {
-        "structure": "its parameters have other names or shapes",
-        "dtypes": "its parameters have other dtypes",
-        "values": "its parameters have other values",
-    }
+    """What of two bases' parameters differs, in words; empty where they are the same."""
+    words = {"structure": "names or shapes", "dtypes": "dtypes", "values": "values"}
     return [text for name, text in words.items() if ours.get(name) != theirs.get(name)]

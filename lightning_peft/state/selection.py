@@ -56,13 +56,17 @@ def base_fingerprint(model: nn.Module, adapter_name: str) -> Fingerprint:
     Such a module, a new head say, is in the adapter's file, and its original may have been made at random.
     """
     whole = records(model)[adapter_name].saved_modules
-    return fingerprint({
-        name: parameter.detach().to("meta") if inside(name, whole) else parameter
-        for name, parameter in base_parameters(model).items()
-    })
+    return fingerprint(
+        {
+            name: parameter.detach().to("meta") if inside(name, whole) else parameter
+            for name, parameter in base_parameters(model).items()
+        }
+    )
 
 
-def tensor_faults(expected: Mapping[str, Tensor], given: Mapping[str, object], known: Sequence[str] | set[str]) -> list[str]:
+def tensor_faults(
+    expected: Mapping[str, Tensor], given: Mapping[str, object], known: Sequence[str] | set[str]
+) -> list[str]:
     """What of `given` doesn't fit the adapter's tensors `expected`; empty where all do.
 
     Args:
@@ -78,7 +82,9 @@ def tensor_faults(expected: Mapping[str, Tensor], given: Mapping[str, object], k
         if isinstance(value := given.get(key), Tensor) and value.shape != tensor.shape
     ]
     no_tensors = [
-        f"{key} holds a {type(given[key]).__name__}" for key in expected if not isinstance(given.get(key, expected[key]), Tensor)
+        f"{key} holds a {type(given[key]).__name__}"
+        for key in expected
+        if not isinstance(given.get(key, expected[key]), Tensor)
     ]
     return [
         *_shown("missing from the checkpoint", missing, ""),

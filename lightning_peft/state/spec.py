@@ -47,7 +47,9 @@ def spec_of(checkpoint: Mapping[str, Any], source: str) -> Spec:
             "(MyModule.load_from_checkpoint) and fit without ckpt_path; ckpt_path resumes a run with adapters"
         )
     if spec.get("format", 0) > FORMAT:
-        raise PEFTError(f"{source}: was written by lightning-peft {spec.get('version')}; update lightning-peft to load it")
+        raise PEFTError(
+            f"{source}: was written by lightning-peft {spec.get('version')}; update lightning-peft to load it"
+        )
     return spec
 
 
@@ -60,7 +62,9 @@ def method_of(spec: Spec) -> Method:
     name, fields = spec["method"]["name"], spec["method"]["fields"]
     known = {**{cls.__name__: cls for cls in _subclasses(Method)}, **METHODS}
     if name not in known:
-        raise PEFTError(f"method {name!r} is not known here{suggestion(name, known)}; import the module that defines it first")
+        raise PEFTError(
+            f"method {name!r} is not known here{suggestion(name, known)}; import the module that defines it first"
+        )
     try:
         return known[name](**fields)
     except TypeError as error:
@@ -70,7 +74,8 @@ def method_of(spec: Spec) -> Method:
 def spec_faults(ours: Spec, theirs: Spec, allow_other_base: bool) -> list[str]:
     """Why a checkpoint with the spec `theirs` can't be loaded into a run with `ours`; empty where it can.
 
-    Fields that only steer training, and those that say where adapters go, may differ: the tensors' names tell the latter.
+    Fields that only steer training, and those that say where adapters go, may differ: the tensors' names tell the
+    latter.
     """
     our_method, their_method = ours["method"], theirs["method"]
     faults = []
@@ -84,12 +89,14 @@ def spec_faults(ours: Spec, theirs: Spec, allow_other_base: bool) -> list[str]:
             if name not in free and our_method["fields"].get(name) != theirs_value
         ]
     if ours["adapter_name"] != theirs["adapter_name"]:
-        faults.append(f"the checkpoint's adapter_name is {theirs['adapter_name']!r}, this run's is {ours['adapter_name']!r}")
+        faults.append(
+            f"the checkpoint's adapter_name is {theirs['adapter_name']!r}, this run's is {ours['adapter_name']!r}"
+        )
     other = differences(ours["base"], theirs["base"])
     if other and not allow_other_base:
         faults.append(
-            f"the base is not the one that the adapter was trained on ({' and '.join(other)}); load that base, or pass "
-            "allow_other_base=True if you mean it"
+            f"the base is not the one that the adapter was trained on (other {' and other '.join(other)}); load that "
+            "base, or pass allow_other_base=True if you mean it"
         )
     return faults
 

@@ -53,8 +53,8 @@ def module_table(model: nn.Module, *, every_module: bool = True) -> Table:
     """A row for each module with parameters of its own: its adapter, trainable and frozen counts, dtypes and bytes.
 
     Args:
-        every_module: False puts modules that differ by a layer's number alone into one row, and leaves out those that nothing is
-            attached to.
+        every_module: False puts modules that differ by a layer's number alone into one row, and leaves out those that
+            nothing is attached to.
     """
     rows: dict[tuple[str, str, str], tuple[Count, int]] = {}
     seen: set[int] = set()
@@ -112,7 +112,9 @@ def _attached(module: nn.Module) -> str:
         return ""
     parts = []
     for name, adapter in module.adapters.items():
-        kinds = [type(part).__name__ for part in adapter.modules() if next(part.parameters(recurse=False), None) is not None]
+        kinds = [
+            type(part).__name__ for part in adapter.modules() if next(part.parameters(recurse=False), None) is not None
+        ]
         label = "/".join(dict.fromkeys(kinds)) or type(adapter).__name__
         parts.append(label if name == "default" else f"{label} ({name})")
     return ", ".join(parts)
