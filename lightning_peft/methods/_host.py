@@ -195,9 +195,10 @@ def _rebuild(cls: Any, mixed_in: tuple[type, ...], names: tuple[str, ...], *args
 
 def active(host: Host) -> Adapter | None:
     """The adapter that the module runs through; None where it is off, or folded into the weights."""
-    if host.active_adapter is None or host.merged_from or host.active_adapter not in host.adapters:
+    if host.active_adapter is None or host.merged_from:
         return None
-    return cast(Adapter, host.adapters[host.active_adapter])
+    # by the dicts, since this runs in every forward: nn.Module finds its children by failing to find an attribute first
+    return cast("Adapter | None", host._modules["adapters"]._modules.get(host.active_adapter))  # type: ignore[union-attr]
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:

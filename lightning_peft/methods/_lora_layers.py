@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_peft.methods._host import Adapter, Base, own_tensors
 from lightning_peft.methods._lora_init import from_weight, from_weight_name
-from lightning_peft.methods._low_rank import dropout_seed, dropped, linear_update, recomputed_update
+from lightning_peft.methods._low_rank import adapted_linear, dropout_seed, dropped, linear_update, recomputed_update
 from lightning_peft.methods._targets import is_conv1d
 from lightning_peft.methods.errors import PEFTError
 
@@ -123,10 +123,14 @@ class LowRank(Adapter):
 
     def forward(self, base: Base, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         x, *_ = (*args, *kwargs.values())
-        return self.update(module, base(*args, **kwargs), x)
+        return self.rescaled(module, self.update(module, base(*args, **kwargs), x))
+
+    def rescaled(self, module: nn.Module, z: Tensor) -> Tensor:
+        """What the method makes of the updated output z; LoRA leaves it."""
+        return z
 
     def update(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
-        """The adapted output, from the frozen module's output y and its input x."""
+        """The updated output, from the frozen module's output y and its input x."""
         raise NotImplementedError
 
     def merged(self, module: nn.Module) -> dict[str, Tensor]:
@@ -155,8 +159,17 @@ class LinearLoRA(LowRank):
     def as_weight(self, matrix: Tensor, like: Tensor) -> Tensor:
         return matrix.T.contiguous() if self.transposed else matrix
 
+    def forward(self, base: Base, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling() or getattr(base, "__func__", None) is not nn.Linear.forward:
+            return super().forward(base, module, *args, **kwargs)
+        x, *_ = (*args, *kwargs.values())
+        W, b = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+        A, B = self.factors()
+        z = adapted_linear(x, W, b, A, B, scale=self.scale, p=self.dropout, training=self.training)
+        return self.rescaled(module, z)
+
     def update(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
-        return linear_update(y, x, *self.factors(), self.scale, self.dropout, self.training)
+        return linear_update(y, x, *self.factors(), scale=self.scale, p=self.dropout, training=self.training)
 
 
 class ConvLoRA(LowRank):
@@ -229,8 +242,8 @@ class EmbeddingLoRA(LowRank):
         embedding = cast(nn.Embedding, module)
         ids, *_ = (*args, *kwargs.values())
         if embedding.max_norm is None:
-            return self.update(module, base(*args, **kwargs), ids)
-        rows = self.update(module, F.embedding(ids, embedding.weight), ids)
+            return super().forward(base, module, *args, **kwargs)
+        rows = self.rescaled(module, self.update(module, F.embedding(ids, embedding.weight), ids))
         norm = torch.linalg.vector_norm(rows, embedding.norm_type, dim=-1, keepdim=True)
         return torch.where(norm > embedding.max_norm, rows * (embedding.max_norm / (norm + 1e-7)), rows)
 

@@ -30,7 +30,7 @@ def dropped(x: Tensor, p: float, seed: int | None) -> Tensor:
 
 
 class _LinearUpdate(torch.autograd.Function):
-    """y + s·B(A·drop(x)): x (…, in), A (r, in), B (out, r), y (…, out).
+    """y + s·B(A·drop(x)), where y is given or is the frozen Wx + b.
 
     Computed in y's dtype: x, which may be fp32 under autocast, is cast down for the products and never copied up.
     Backward recomputes A·drop(x), which is r wide, and the mask from its seed.
@@ -38,28 +38,51 @@ class _LinearUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int | None
+        ctx: Any,
+        y: Tensor | None,
+        x: Tensor,
+        W: Tensor | None,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        p: float,
+        seed: int | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, A, B)
-        ctx.options = y.dtype, scale, p, seed
-        h = dropped(x.reshape(-1, x.shape[-1]).to(y.dtype), p, seed) @ A.to(y.dtype).T
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, B.to(y.dtype).T, alpha=scale).view(y.shape)
+        frozen = F.linear(x, W, b) if W is not None else y
+        assert frozen is not None
+        dtype = frozen.dtype
+        ctx.save_for_backward(x, W, A, B)
+        ctx.options = dtype, scale, p, seed
+        h = dropped(_rows(x).to(dtype), p, seed) @ A.to(dtype).T
+        # a y that was made here may be added to in place; the caller's own may not
+        out = _rows(frozen) if W is not None else None
+        return torch.addmm(_rows(frozen), h, B.to(dtype).T, alpha=scale, out=out).view(frozen.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B = ctx.saved_tensors
+        x, W, A, B = ctx.saved_tensors
         dtype, scale, p, seed = ctx.options
-        needs_x, needs_A, needs_B = ctx.needs_input_grad[1:4]
-        g = grad.reshape(-1, grad.shape[-1]).to(dtype)
+        _, needs_x, needs_W, needs_b, needs_A, needs_B, *_ = ctx.needs_input_grad
+        g = _rows(grad).to(dtype)
         g_h = scale * (g @ B.to(dtype))
-        grad_x = grad_A = grad_B = None
+        grad_x = grad_W = grad_A = grad_B = None
         if needs_A or needs_B:
-            x_dropped = dropped(x.reshape(-1, x.shape[-1]).to(dtype), p, seed)
+            x_dropped = dropped(_rows(x).to(dtype), p, seed)
             grad_A = (g_h.T @ x_dropped).to(A.dtype) if needs_A else None
             grad_B = (g.T @ (scale * (x_dropped @ A.to(dtype).T))).to(B.dtype) if needs_B else None
         if needs_x:
-            grad_x = dropped(g_h @ A.to(dtype), p, seed).to(x.dtype).view(x.shape)
-        return grad, grad_x, grad_A, grad_B, None, None, None
+            grad_x = dropped(g_h @ A.to(dtype), p, seed)
+            grad_x = grad_x if W is None else torch.addmm(grad_x, g, W.to(dtype))
+            grad_x = grad_x.to(x.dtype).view(x.shape)
+        if needs_W:
+            grad_W = (g.T @ _rows(x).to(dtype)).to(W.dtype)
+        grad_b = g.sum(0) if needs_b else None
+        return (grad if W is None else None), grad_x, grad_W, grad_b, grad_A, grad_B, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 class _RecomputedUpdate(torch.autograd.Function):
@@ -88,7 +111,7 @@ def _in_dtype(delta: Delta, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype)
         return delta(x, A.to(dtype), B.to(dtype))
 
 
-def linear_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, training: bool) -> Tensor:
+def linear_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scale: float, p: float, training: bool) -> Tensor:
     """y + scale·B(A·dropout(x)).
 
     Args:
@@ -100,10 +123,35 @@ def linear_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: f
 
     Source: LoRA, arXiv 2106.09685, eq. 3.
     """
+    return _update(y, x, None, None, A, B, scale, p, training)
+
+
+def adapted_linear(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, *, scale: float, p: float, training: bool
+) -> Tensor:
+    """Wx + b + scale·B(A·dropout(x)): `linear_update` with the frozen layer in the same node of the graph.
+
+    One sum into y and one into the gradient of x less than in two nodes, and under autocast no cast copy of W is kept.
+    """
+    return _update(None, x, W, b, A, B, scale, p, training)
+
+
+def _update(
+    y: Tensor | None,
+    x: Tensor,
+    W: Tensor | None,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    p: float,
+    training: bool,
+) -> Tensor:
     if torch.compiler.is_compiling() and training and p > 0:
         # a generator with a seed of its own can't be traced; the compiler recomputes its own dropout's mask
         x, p = F.dropout(x, p), 0.0
-    result: Tensor = _LinearUpdate.apply(y, x, A, B, scale, p, dropout_seed(p, training))  # type: ignore[no-untyped-call]
+    seed = dropout_seed(p, training)
+    result: Tensor = _LinearUpdate.apply(y, x, W, b, A, B, scale, p, seed)  # type: ignore[no-untyped-call]
     return result
 
 

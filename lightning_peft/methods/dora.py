@@ -36,8 +36,7 @@ class _Magnitude(layers.LowRank):
     def adapted(self, module: nn.Module, weight: Tensor, delta: Tensor) -> Tensor:
         return self.ratio(weight)[..., None] * super().adapted(module, weight, delta)
 
-    def update(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
-        z = super().update(module, y, x)
+    def rescaled(self, module: nn.Module, z: Tensor) -> Tensor:
         spatial = (1,) * len(getattr(module, "kernel_size", ()))
         tensors = own_tensors(module)
         bias = tensors.get("bias")
