@@ -196,12 +196,20 @@ def test_moving_average_of_the_adapters(tmp_path: Path) -> None:
             {},
             "StochasticWeightAveraging copies the model before adapters are attached; use WeightAveraging, listed after PEFT",
         ),
+        (
+            [],
+            {"sync_batchnorm": True, "strategy": "ddp", "devices": 1},
+            "sync_batchnorm=True replaces normalization layers after adapters are attached; in configure_model, convert "
+            "the model with torch.nn.SyncBatchNorm.convert_sync_batchnorm instead",
+        ),
         ([PEFT(LoRA())], {}, "two PEFT callbacks are in one Trainer; leave one"),
     ],
 )
 def test_refused_companions(companions: list[Any], options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(PEFTError) as error:
         trainer(tmp_path, *companions, **options).fit(Toy(), data())
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     assert str(error.value) == message
 
 
@@ -273,3 +281,29 @@ def test_everyday_switches(options: dict[str, Any], tmp_path: Path) -> None:
         run = trainer(tmp_path, max_epochs=1, **options)
     run.fit(module, data())
     assert module.body[0].adapters["default"].lora_B.abs().max() > 0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "64-true"])
+def test_precisions_resume_and_load(precision: str, tmp_path: Path) -> None:
+    run, module = trainer(tmp_path, precision=precision, max_epochs=1), Toy()
+    run.fit(module, data(), data())
+    path = run.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    resumed = Toy()
+    trainer(tmp_path, precision=precision, max_epochs=2).fit(resumed, data(), data(), ckpt_path=path)
+    moved = [n for n, v in trainable_parameters(resumed).items() if not torch.equal(v, trainable_parameters(module)[n])]
+    assert set(moved) == EXPECTED
+    expected = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
+    assert {parameter.dtype for parameter in resumed.parameters()} == {expected}
+
+
+def test_a_compiled_module_trains(tmp_path: Path) -> None:
+    class Silent(Toy):
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.loss(batch)  # torch.compile can't trace Lightning's log
+
+    eager, compiled = Silent(), Silent()
+    for module, runs in ((eager, eager), (compiled, torch.compile(compiled, backend="aot_eager"))):
+        L.seed_everything(1, verbose=False)
+        trainer(tmp_path, method=LoRA(r=2), max_epochs=1).fit(runs, data())
+    for name, value in trainable_parameters(eager).items():
+        assert torch.allclose(trainable_parameters(compiled)[name], value, atol=1e-5), name
