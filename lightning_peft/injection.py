@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -16,11 +16,12 @@ from lightning_peft.methods._host import (
     Swapped,
     hosts,
     put,
+    refusal,
     swap,
 )
 from lightning_peft.methods._saved_copy import saved_copies
 from lightning_peft.methods._targets import base_modules, find
-from lightning_peft.methods.base import Method
+from lightning_peft.methods.base import Attachment, Method
 from lightning_peft.methods.errors import PEFTError, suggestion
 
 M = TypeVar("M", bound=nn.Module)
@@ -64,7 +65,7 @@ def inject(model: M, method: Method, *, adapter_name: str = "default", modules_t
         PEFTError: with every fault of names and targets; the model is then as it was.
     """
     saved, faults = _saved_modules(model, modules_to_save)
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         faults.append(
             f"adapter_name: {adapter_name!r} can't be one: it must be without dots, and no attribute of ModuleDict"
         )
@@ -72,22 +73,36 @@ def inject(model: M, method: Method, *, adapter_name: str = "default", modules_t
         faults.append(
             f"adapter_name: the model has an adapter {adapter_name!r}; choose another name, or remove(model) first"
         )
+    attachments: Sequence[Attachment] = []
     try:
         attachments = method.attachments(model, saved)
     except PEFTError as error:
         faults += error.faults
+    whole = _whole_modules(saved)
+    targets = {path: module for path, module, _ in attachments}
+    both = {id(module) for module in whole.values()} & {id(module) for module in targets.values()}
+    faults += [
+        f"target_modules: {path} is trained whole too, under another name in modules_to_save; leave one of them"
+        for path, module in targets.items()
+        if id(module) in both
+    ]
+    faults += [f"{path}: {reason}" for path, module in {**targets, **whole}.items() if (reason := refusal(module))]
+    faults += [
+        f"{path}: {type(module).__name__} has no shape yet; run one batch through the model first"
+        for path, module in base_modules(model)
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters(recurse=False))
+    ]
     if faults:
-        raise PEFTError(faults)
+        raise PEFTError(list(dict.fromkeys(faults)))
 
     before = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     earlier = records(model)
     for attachment in attachments:
         put(attachment.module, adapter_name, attachment.adapter)
-    whole = {path: module for root in saved for path, module in base_modules(saved[root], root)}
     for path, copy in saved_copies(whole).items():
         put(whole[path], adapter_name, copy)
-    for path, module in base_modules(model):
-        if path not in whole and has_statistics(module):
+    for _, module in base_modules(model):
+        if has_statistics(module) and not isinstance(module, FrozenStatistics):
             swap(module, FrozenStatistics)
             module.train(module.training)
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)) and any(True for _ in hosts(module)):
@@ -114,8 +129,6 @@ def remove(model: M) -> M:
     from_before = {name for record in records(model).values() for name in record.trainable_before}
     was_injected = bool(vars(model).pop(RECORDS, None))
     for module in list(model.modules()):
-        if isinstance(module, FrozenStatistics):
-            module.training = model.training
         if isinstance(module, Swapped):
             module.take_off()
     if was_injected:
@@ -145,11 +158,13 @@ def set_adapter(model: nn.Module, name: str) -> None:
     known = adapter_names(model)
     if name not in known:
         raise PEFTError(f"adapter {name!r}: the model has {', '.join(known) or 'none'}{suggestion(name, known)}")
+    _refuse_merged(model, "set_adapter")
     for _, host in hosts(model):
         host.active_adapter = name
         for other, adapter in host.adapters.items():
             for parameter in adapter.parameters():
                 parameter.requires_grad_(other == name and parameter.is_floating_point())
+    _refresh_statistics(model)
 
 
 @contextmanager
@@ -159,18 +174,18 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     Raises:
         PEFTError: an adapter is merged into the weights; unmerge it first.
     """
-    before = [(host, host.active_adapter, host.training) for _, host in hosts(model)]
-    if any(host.merged_from for host, *_ in before):
-        raise PEFTError("disable_adapters: the adapter is merged into the weights; call unmerge(model) first")
+    _refuse_merged(model, "disable_adapters")
+    before = [(host, host.active_adapter) for _, host in hosts(model)]
     try:
-        for host, _, training in before:
+        for host, _ in before:
             host.active_adapter = None
-            # the frozen statistics must not move while their trained copy is out of use
-            host.training = training and not has_statistics(host)
+        # the frozen statistics must not move while their trained copy is out of use
+        _refresh_statistics(model)
         yield
     finally:
-        for host, active, training in before:
-            host.active_adapter, host.training = active, training
+        for host, active in before:
+            host.active_adapter = active
+        _refresh_statistics(model)
 
 
 @contextmanager
@@ -188,6 +203,7 @@ def adapter_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[N
         raise PEFTError(
             [f"adapter {name!r}: the model has {', '.join(known)}{suggestion(name, known)}" for name in wrong]
         )
+    _refuse_merged(model, "adapter_per_row")
     try:
         for _, host in hosts(model):
             host.row_adapters = tuple(names)
@@ -205,6 +221,24 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def has_statistics(module: nn.Module) -> bool:
     """Whether it is a normalization layer that moves running statistics as it trains."""
     return bool(getattr(module, "track_running_stats", False)) and getattr(module, "running_mean", None) is not None
+
+
+def _refuse_merged(model: nn.Module, what: str) -> None:
+    if any(host.merged_from for _, host in hosts(model)):
+        raise PEFTError(f"{what}: the adapter is merged into the weights; call unmerge(model) first")
+
+
+def _refresh_statistics(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FrozenStatistics):
+            module.refresh()
+
+
+def _whole_modules(roots: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules in `roots` and below, by path; one that has several names comes once."""
+    found = {path: module for root, module in roots.items() for path, module in base_modules(module, root)}
+    first = {id(module): path for path, module in reversed(found.items())}
+    return {path: module for path, module in found.items() if first[id(module)] == path}
 
 
 def _saved_modules(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, nn.Module], list[str]]:

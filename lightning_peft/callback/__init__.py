@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lightning_peft.callback.compatibility import check_trainer
 from lightning_peft.callback.module import AdaptedModule, Plan, adapt, go_on_with_random_numbers, mark_buffers

@@ -29,8 +29,8 @@ def check_trainer(trainer: pl.Trainer, callback: PEFT) -> None:
             isinstance(other, WeightAveraging) for other in before
         ),
         "two PEFT callbacks are in one Trainer; leave one": any(isinstance(other, type(callback)) for other in before),
-        "sync_batchnorm=True replaces normalization layers after adapters are attached; in configure_model, convert the "
-        "model with torch.nn.SyncBatchNorm.convert_sync_batchnorm instead": (
+        "sync_batchnorm=True replaces normalization layers after adapters are attached; in configure_model, convert "
+        "the model with torch.nn.SyncBatchNorm.convert_sync_batchnorm instead": (
             # no public attribute tells; checked on lightning 2.6
             getattr(trainer.strategy, "_layer_sync", None) is not None
         ),

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_peft.methods.errors import PEFTError
 
-Scheduler = LRScheduler | ReduceLROnPlateau
+PARALLEL = ("params", "param_names")
+"""What a parameter group holds for each parameter."""
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 """What a parameter group holds of its learning rate; schedulers keep lists of the same, by group."""
 RATE_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")
+OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
 
 
 def keep_trainable(
@@ -37,11 +38,10 @@ def keep_trainable(
     schedulers = list(dict.fromkeys(_of_type(configured, (LRScheduler, ReduceLROnPlateau))))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            frozen = [parameter for parameter in group["params"] if not parameter.requires_grad]
-            for parameter in frozen:
-                optimizer.state.pop(parameter, None)
-            # in place, since some optimizers (LBFGS) keep the list itself
-            group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    optimizer.state.pop(parameter, None)
+            _keep(group, [parameter for parameter in group["params"] if parameter.requires_grad])
     held = {
         id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
     }
@@ -59,20 +59,33 @@ def keep_trainable(
 
 def _split_groups(optimizer: Optimizer, schedulers: list[Any], factors: Mapping[nn.Parameter, float]) -> None:
     for index, group in enumerate(list(optimizer.param_groups)):
-        counted = Counter(factors[parameter] for parameter in group["params"] if parameter in factors)
-        for factor in counted:
-            moved = [parameter for parameter in group["params"] if factors.get(parameter) == factor]
-            group["params"][:] = [parameter for parameter in group["params"] if factors.get(parameter) != factor]
-            rates = {name: group[name] * factor for name in RATES if name in group}
-            optimizer.add_param_group({**group, "params": moved, **rates})
+        for factor in dict.fromkeys(factors[parameter] for parameter in group["params"] if parameter in factors):
+            if isinstance(optimizer, LBFGS):
+                raise PEFTError("lora_plus: LBFGS takes one learning rate for all; leave lora_plus out, or use AdamW")
+            moved = {name: list(group[name]) if name in PARALLEL else value for name, value in group.items()}
+            _keep(moved, [parameter for parameter in group["params"] if factors.get(parameter) == factor])
+            _keep(group, [parameter for parameter in group["params"] if factors.get(parameter) != factor])
+            if names := moved.get("param_names"):
+                moved["params"] = list(zip(names, moved["params"], strict=True))
+            moved |= {name: group[name] * factor for name in RATES if name in group}
+            optimizer.add_param_group(moved)
             for scheduler in schedulers:
                 _add_group(scheduler, index, factor, len(optimizer.param_groups) - 1)
+
+
+def _keep(group: dict[str, Any], wanted: list[nn.Parameter]) -> None:
+    """Leave only `wanted` parameters in a group; in place, since some optimizers (LBFGS) keep the list itself."""
+    ids = {id(parameter) for parameter in wanted}
+    places = [place for place, parameter in enumerate(group["params"]) if id(parameter) in ids]
+    for name in PARALLEL:
+        if name in group:
+            group[name][:] = [group[name][place] for place in places]
 
 
 def _add_group(scheduler: Any, index: int, factor: float, groups_before: int) -> None:
     """Let a scheduler that was made for `groups_before` groups treat a new one as it treats group `index`."""
     for name, value in vars(scheduler).items():
-        if isinstance(value, list) and len(value) == groups_before and not name.startswith("_schedulers"):
+        if name in (*RATE_LISTS, *OTHER_LISTS) and isinstance(value, list) and len(value) == groups_before:
             value.append(value[index] * factor if name in RATE_LISTS else value[index])
 
 

@@ -38,7 +38,7 @@ def merge(model: M) -> M:
     for path, module in base_modules(model):
         for name, tensor in own_tensors(module).items():
             owners.setdefault(id(tensor), set()).add(f"{path}.{name}" if path else name)
-    adapted = {f"{path}.{name}" for path, _, tensors in results for name in tensors}
+    adapted = {f"{path}.{name}" if path else name for path, _, tensors in results for name in tensors}
     for path, host, tensors in results:
         originals = {}
         for name, value in tensors.items():

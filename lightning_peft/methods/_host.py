@@ -63,12 +63,14 @@ class Host(Swapped):
     active_adapter: str | None
     row_adapters: tuple[str | None, ...] | None
     merged_from: dict[str, Tensor]
+    own_forward: Base | None
+    """A forward that was set on the instance, as accelerate sets it; it would hide this class's."""
     _cached: dict[str, Tensor] | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        base = super().forward
         if self.row_adapters is not None:
-            return _forward_rows(self, base, args, kwargs)
+            return _forward_rows(self, args, kwargs)
+        base = super().forward if self.own_forward is None else self.own_forward
         adapter = active(self)
         if adapter is None:
             return base(*args, **kwargs)
@@ -96,31 +98,51 @@ class Host(Swapped):
     def take_off(self) -> None:
         self.restore_merged()
         del self.adapters
-        for name in ("active_adapter", "row_adapters", "merged_from", "_cached"):
+        if self.own_forward is not None:
+            vars(self)["forward"] = self.own_forward
+        for name in ("active_adapter", "row_adapters", "merged_from", "own_forward", "_cached"):
             vars(self).pop(name, None)
         super().take_off()
 
 
 class FrozenStatistics(Swapped):
-    """Keeps a normalization layer on its running statistics, unmoved, while the model trains."""
+    """Keeps a normalization layer on its running statistics while the model trains, unless an adapter trains a copy of
+    them and is active."""
+
+    asked_to_train: bool
 
     def train(self, mode: bool = True) -> Any:
-        return super().train(False)
+        vars(self)["asked_to_train"] = mode
+        adapter = active(self) if isinstance(self, Host) else None
+        return super().train(mode and adapter is not None and "running_mean" in adapter.overrides)
+
+    def refresh(self) -> None:
+        """Follow a change of the active adapter."""
+        self.train(self.asked_to_train)
+
+    def take_off(self) -> None:
+        self.training = vars(self).pop("asked_to_train")
+        super().take_off()
 
 
 class SlowPath(Swapped):
-    """Makes nn.TransformerEncoder and its layers call their submodules.
+    """Makes nn.TransformerEncoder and its layers call their submodules while an adapter is active in them.
 
     In inference both can take a fused path that reads `linear1.weight` and its like, and so would pass over an adapter.
+    The two attributes are what their forward looks at; checked on torch 2.11 and 2.13.
     """
 
     @property
     def use_nested_tensor(self) -> bool:
-        return False
+        return bool(vars(self)["use_nested_tensor"]) and not _any_active(self)
 
     @property
     def activation_relu_or_gelu(self) -> int:
-        return 0
+        return 0 if _any_active(self) else int(vars(self)["activation_relu_or_gelu"])
+
+
+def _any_active(model: nn.Module) -> bool:
+    return any(active(host) is not None or host.row_adapters is not None for _, host in hosts(model))
 
 
 @cache
@@ -208,46 +230,59 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
             yield path, module
 
 
+def refusal(module: nn.Module) -> str | None:
+    """Why no adapter can stand on `module`; None where one can."""
+    if not isinstance(module, Host) and hasattr(module, "adapters"):
+        return f"{type(module).__name__} has an attribute 'adapters' of its own, where adapters would stand"
+    if isinstance(module, Host) and module.merged_from:
+        return "an adapter is merged into its weights; unmerge(model) first"
+    return None
+
+
 def put(module: nn.Module, name: str, adapter: Adapter) -> None:
     """Stand `adapter` on `module` under `name`, and make it the active one.
 
-    Raises:
-        PEFTError: the module has an adapter of that name, or an attribute `adapters` of its own.
+    The module must take it: see `refusal`.
     """
     if not isinstance(module, Host):
-        if hasattr(module, "adapters"):
-            raise PEFTError(
-                f"{type(module).__name__} has an attribute 'adapters' of its own, where adapters would stand"
-            )
         swap(module, Host)
         module.adapters = nn.ModuleDict()
-        vars(module).update(active_adapter=None, row_adapters=None, merged_from={}, _cached=None)
+        own_forward = vars(module).pop("forward", None)
+        vars(module).update(
+            active_adapter=None, row_adapters=None, merged_from={}, own_forward=own_forward, _cached=None
+        )
     host = cast(Host, module)
-    if name in host.adapters:
-        raise PEFTError(f"adapter {name!r}: {type(module).__name__} has one of that name; choose another adapter_name")
     swap(module, names=adapter.overrides)
     host.adapters[name] = adapter.train(module.training)
     host.active_adapter = name
 
 
-def _forward_rows(host: Host, base: Base, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _forward_rows(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rows = cast("tuple[str | None, ...]", host.row_adapters)
-    batched = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
-    if not batched or any(value.shape[0] != len(rows) for value in batched[:1]):
+    batched = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
+    if batched is None or batched.shape[0] != len(rows):
         raise PEFTError(
             f"adapter_per_row: {len(rows)} names, but {type(host).__name__} was given "
-            f"{tuple(batched[0].shape) if batched else 'no tensor'}; its first dimension must be the rows"
+            f"{'no tensor' if batched is None else tuple(batched.shape)}; its first dimension must be the rows"
         )
+    # an inner module's adapters can act without its forward, through the tensors that this one reads of it
+    inner = [module for _, module in hosts(host)]
+    before = [(module, module.active_adapter, module.row_adapters) for module in inner]
     output: Tensor | None = None
-    for name in dict.fromkeys(rows):
-        index = torch.tensor([row for row, other in enumerate(rows) if other == name], device=batched[0].device)
-        pick = partial(_rows_of, index=index, count=len(rows))
-        run = base if name is None or name not in host.adapters else partial(host.adapters[name], base, host)
-        part = run(*map(pick, args), **{key: pick(value) for key, value in kwargs.items()})
-        if not isinstance(part, Tensor):
-            raise PEFTError(f"adapter_per_row: {type(host).__name__} returns {type(part).__name__}, not a tensor")
-        output = part.new_empty(len(rows), *part.shape[1:]) if output is None else output
-        output = output.index_copy(0, index, part)
+    try:
+        for name in dict.fromkeys(rows):
+            for module in inner:
+                module.active_adapter, module.row_adapters = name, None
+            index = torch.tensor([row for row, other in enumerate(rows) if other == name], device=batched.device)
+            pick = partial(_rows_of, index=index, count=len(rows))
+            part = Host.forward(host, *map(pick, args), **{key: pick(value) for key, value in kwargs.items()})
+            if not isinstance(part, Tensor):
+                raise PEFTError(f"adapter_per_row: {type(host).__name__} returns {type(part).__name__}, not a tensor")
+            output = part.new_empty(len(rows), *part.shape[1:]) if output is None else output
+            output = output.index_copy(0, index, part)
+    finally:
+        for module, active_adapter, row_adapters in before:
+            module.active_adapter, module.row_adapters = active_adapter, row_adapters
     return output
 
 

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from lightning_peft.methods._host import Adapter, Base, own_tensors
 from lightning_peft.methods._lora_init import from_weight, from_weight_name
-from lightning_peft.methods._low_rank import adapted_linear, dropout_seed, dropped, linear_update, recomputed_update
+from lightning_peft.methods._low_rank import (
+    adapted_linear,
+    as_written,
+    dropout_seed,
+    dropped,
+    linear_update,
+    recomputed_update,
+)
 from lightning_peft.methods._targets import is_conv1d
 from lightning_peft.methods.errors import PEFTError
 
@@ -52,7 +59,12 @@ class LowRank(Adapter):
     ) -> None:
         super().__init__()
         self.r, self.scale, self.dropout, self.weight_name = r, scale, dropout, weight_name
-        weight = own_tensors(module)[weight_name]
+        weight = own_tensors(module).get(weight_name)
+        if weight is None:
+            raise PEFTError(
+                f"{type(module).__name__} computes its {weight_name}, by a parametrization say; remove that first "
+                "(torch.nn.utils.parametrize.remove_parametrizations) or exclude the module"
+            )
         if isinstance(weight, nn.UninitializedParameter):
             raise PEFTError(f"{type(module).__name__} has no shape yet; run one batch through the model first")
         self.note(module)
@@ -207,7 +219,7 @@ class ConvLoRA(LowRank):
         return self.scale * by_group.flatten(0, 1)
 
     def update(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
-        seed = dropout_seed(self.dropout, self.training)
+        seed = None if torch.compiler.is_compiling() else dropout_seed(self.dropout, self.training)
         return recomputed_update(y, x, *self.factors(), partial(self._delta_output, cast(nn.Conv2d, module), seed))
 
     def _delta_output(self, conv: nn.Conv2d, seed: int | None, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -221,7 +233,8 @@ class EmbeddingLoRA(LowRank):
     """Embedding: A (r, vocabulary) starts at zero and is looked up, B (dim, r) starts normal and maps rows to outputs.
 
     An `embed_scale`, by which some transformers embeddings multiply their rows, multiplies the update too; with
-    `max_norm` the adapted rows are the ones whose norm is bounded, and the frozen ones are left as they are.
+    `max_norm` the adapted rows are the ones whose norm is bounded, and the frozen ones are left as they are (without
+    the adapter, torch scales them in place, as it does in any embedding with `max_norm`).
     """
 
     def reset_randomly(self, init: str) -> None:
@@ -289,7 +302,8 @@ class WeightLoRA(LowRank):
 
     def effective_weight(self, module: nn.Module, frozen: Tensor) -> Tensor:
         """The adapted weight, as stored, in the frozen one's dtype."""
-        return self.as_weight(self.adapted(module, frozen, self.delta()), frozen).to(frozen.dtype)
+        with as_written(frozen.device.type):
+            return self.as_weight(self.adapted(module, frozen, self.delta()), frozen).to(frozen.dtype)
 
 
 class WeightsLoRA(Adapter):

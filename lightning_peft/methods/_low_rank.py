@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +27,16 @@ def dropped(x: Tensor, p: float, seed: int | None) -> Tensor:
     if seed is None:
         return x
     generator = torch.Generator(x.device).manual_seed(seed)
-    return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    # of x's shape but not of its strides: the same elements have to go from x's gradient, whose strides may be others
+    keep = torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - p, generator=generator)
+    return x * keep.div_(1 - p)
+
+
+def as_written(device_type: str) -> AbstractContextManager[Any]:
+    """A context in which autocast, where it is on, leaves dtypes as they are written."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 class _LinearUpdate(torch.autograd.Function):
@@ -54,10 +64,11 @@ class _LinearUpdate(torch.autograd.Function):
         dtype = frozen.dtype
         ctx.save_for_backward(x, W, A, B)
         ctx.options = dtype, scale, p, seed
-        h = dropped(_rows(x).to(dtype), p, seed) @ A.to(dtype).T
         # a y that was made here may be added to in place; the caller's own may not
         out = _rows(frozen) if W is not None else None
-        return torch.addmm(_rows(frozen), h, B.to(dtype).T, alpha=scale, out=out).view(frozen.shape)
+        with as_written(x.device.type):
+            h = dropped(_rows(x).to(dtype), p, seed) @ A.to(dtype).T
+            return torch.addmm(_rows(frozen), h, B.to(dtype).T, alpha=scale, out=out).view(frozen.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,16 +109,19 @@ class _RecomputedUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:4]
-        x, A, B = (t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True))
+        x, A, B = ctx.saved_tensors
+        # on where a gradient of this gradient is asked for
+        twice = torch.is_grad_enabled()
         with torch.enable_grad():
             output = _in_dtype(ctx.delta, x, A, B, ctx.dtype)
-        found = iter(torch.autograd.grad(output, [t for t in (x, A, B) if t.requires_grad], grad))
+        wanted = [tensor for tensor, need in zip((x, A, B), needs, strict=True) if need]
+        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=twice))
         return grad, *(next(found) if need else None for need in needs), None
 
 
 def _in_dtype(delta: Delta, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     x = x.to(dtype) if x.is_floating_point() else x
-    with torch.autocast(x.device.type, enabled=False):
+    with as_written(x.device.type):
         return delta(x, A.to(dtype), B.to(dtype))
 
 

@@ -54,7 +54,7 @@ def pattern_faults(field: str, patterns: str | Iterable[str]) -> list[str]:
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             faults.append(f"{field}: {pattern!r} is not a regular expression ({error})")
     return faults
 
@@ -68,10 +68,16 @@ def output_heads(model: nn.Module) -> set[str]:
             continue
         base, output = getattr(module, "base_model", module), get_output()
         for name, child in base_modules(module):
-            own = name and "." not in name and base is not module and child is not base
-            if own or (output is not None and child is output):
+            top = name != "" and "." not in name
+            # some models have no body of their own to tell the head from, but are named for what it does
+            own = child is not base if base is not module else _is_headed(module) and isinstance(child, nn.Linear)
+            if (top and own) or (output is not None and child is output):
                 heads.add(f"{path}.{name}" if path else name)
     return heads
+
+
+def _is_headed(model: nn.Module) -> bool:
+    return any(re.search(r"For[A-Z]", cls.__name__) for cls in type(model).__mro__)
 
 
 def find(
@@ -90,14 +96,16 @@ def find(
     """
     found: dict[str, V] = {}
     faults: list[str] = []
-    names = {path.rsplit(".", 1)[-1]: None for path, thing in things.items() if path and usable(thing)}
+    names = [path.rsplit(".", 1)[-1] for path, thing in things.items() if path and usable(thing)]
+    proposals = list(dict.fromkeys([*names, ALL_LINEAR] if field == "target_modules" else names))
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         key: str | list[str] = pattern if isinstance(patterns, str) else [pattern]
         hits = {path: thing for path, thing in things.items() if path and matches(path, key)}
         kept = {p: t for p, t in hits.items() if not inside(p, skip) and not (exclude and matches(p, exclude))}
         wrong = [path for path in kept if not usable(kept[path])]
         if not hits:
-            hint = suggestion(pattern, [*names, *things] if "." in pattern else names)
+            paths = [path for path in things if path] if "." in pattern else []
+            hint = suggestion(pattern, [*proposals, *paths])
             faults.append(f"{field}: {pattern!r} matches nothing{hint or _listed(names)}")
         elif not kept:
             faults.append(f"{field}: all that {pattern!r} matches is left out by exclude_modules or modules_to_save")
@@ -107,14 +115,15 @@ def find(
                 f"{field}: {pattern!r} matches {wrong[0]}, {what}{_listed(names, ', which can not be adapted')}"
             )
         found |= {path: thing for path, thing in kept.items() if usable(thing)}
-    if exclude and not any(matches(path, exclude) for path in things):
-        hint = suggestion(str(exclude if isinstance(exclude, str) else exclude[0]), names)
-        faults.append(f"exclude_modules: {exclude!r} matches nothing{hint}")
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+        key = pattern if isinstance(exclude, str) else [pattern]
+        if pattern and not any(matches(path, key) for path in things):
+            faults.append(f"exclude_modules: {pattern!r} matches nothing{suggestion(pattern, dict.fromkeys(names))}")
     return found, faults
 
 
 def _listed(names: Iterable[str], lead: str = "") -> str:
-    listed = list(names)
+    listed = list(dict.fromkeys(names))
     rest = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
     return (
         f"{lead}; names that can be: {', '.join(listed[:8])}{rest}"

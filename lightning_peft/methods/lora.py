@@ -64,7 +64,8 @@ class LoRA(Method):
     (the largest singular values of W, arXiv 2404.02948), "pissa_niter_N" (the same by N power iterations, faster) or
     "olora" (the QR factors of W, arXiv 2406.01775)."""
     lora_plus: float | None = None
-    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354; the paper's choice is 16). None: the same."""
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354; the paper's choice is 16). None: the same. A floor of
+    the schedule (`eta_min`) is one for both."""
 
     training_only: ClassVar[frozenset[str]] = frozenset(
         {"dropout", "target_modules", "target_parameters", "exclude_modules", "lora_plus"}
@@ -77,7 +78,7 @@ class LoRA(Method):
     def faults(self) -> list[str]:
         """What is wrong with the fields."""
         rules = {
-            f"r: {self.r} is not a rank; it must be 1 or more": self.r < 1,
+            f"r: {self.r} is not a rank; it must be 1 or more": not _is_rank(self.r),
             f"alpha: {self.alpha} would switch the adapter off; it must not be 0": not self.alpha,
             f"dropout: {self.dropout} is not a probability below 1; it must be in [0, 1)": not 0 <= self.dropout < 1,
             "target_modules: is empty, and target_parameters too; name at least one": not (
@@ -90,9 +91,13 @@ class LoRA(Method):
                 self.init not in INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", self.init)
             ),
             **{
-                f"rank_pattern: {key!r} has rank {r}; it must be 1 or more": r < 1
+                f"rank_pattern: {key!r} has rank {r}; it must be 1 or more": not _is_rank(r)
                 for key, r in self.rank_pattern.items()
             },
+        }
+        rules |= {
+            f"alpha_pattern: {key!r} has alpha 0, which would switch its adapter off; it must not be 0": not alpha
+            for key, alpha in self.alpha_pattern.items()
         }
         expressions = {
             "target_modules": self.target_modules if isinstance(self.target_modules, str) else [],
@@ -123,6 +128,7 @@ class LoRA(Method):
         for owner, names in by_owner.items():
             if self.dropout:
                 faults.append(f"dropout: {self.dropout} can't act on target_parameters ({owner}); set it to 0")
+                continue
             if owner in modules:
                 faults.append(f"target_parameters: {owner} is in target_modules too")
             ranks = {name: self._options(path) for name, path in names.items()}
@@ -218,6 +224,10 @@ class LoRA(Method):
             for key in patterns
             if paths and not any(pattern_value({key: True}, path, False) for path in paths)
         ]
+
+
+def _is_rank(r: object) -> bool:
+    return isinstance(r, int) and r >= 1
 
 
 def _describe(module: nn.Module) -> str:

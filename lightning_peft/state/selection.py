@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lightning_peft.injection import adapters, records
+from lightning_peft.injection import adapter_names, records
 from lightning_peft.methods._host import Host
 from lightning_peft.methods._targets import base_modules, inside
 from lightning_peft.methods.errors import suggestion
@@ -17,8 +17,11 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """The adapter's tensors by their key in `model.state_dict()`, as references: parameters and persistent buffers."""
     return {
         key: tensor
-        for path, adapter in adapters(model, adapter_name).items()
-        for key, tensor in adapter.state_dict(prefix=f"{path}{'.' if path else ''}adapters.{adapter_name}.").items()
+        for path, module in base_modules(model)
+        if isinstance(module, Host) and adapter_name in module.adapters
+        for key, tensor in module.adapters[adapter_name]
+        .state_dict(prefix=_key(path, f"adapters.{adapter_name}."))
+        .items()
     }
 
 
@@ -46,7 +49,7 @@ def base_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def base_keys(model: nn.Module) -> set[str]:
     """The keys of `model.state_dict()` that belong to the base; modules' extra state is among them."""
-    ours = {key for record in records(model) for key in adapter_tensors(model, record)}
+    ours = {key for name in adapter_names(model) for key in adapter_tensors(model, name)}
     return set(model.state_dict()) - ours
 
 

@@ -90,7 +90,7 @@ def spec_faults(ours: Spec, theirs: Spec, allow_other_base: bool) -> list[str]:
         ]
     if ours["adapter_name"] != theirs["adapter_name"]:
         faults.append(
-            f"the checkpoint's adapter_name is {theirs['adapter_name']!r}, this run's is {ours['adapter_name']!r}"
+            f"the checkpoint's adapter_name is {theirs['adapter_name']!r}, this run's {ours['adapter_name']!r}"
         )
     other = differences(ours["base"], theirs["base"])
     if other and not allow_other_base:

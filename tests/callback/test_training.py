@@ -71,9 +71,9 @@ def test_optimizer_from_before_the_adapters_is_detected(tmp_path: Path) -> None:
     with pytest.raises(PEFTError) as error:
         trainer(tmp_path).fit(Stale(), data())
     assert str(error.value) == (
-        "configure_optimizers: 6 of 6 trainable parameters are in no optimizer (body.0.adapters.default.lora_A, …). It seems "
-        "to have been built before the adapters were attached, or over a part of the model: build it in configure_optimizers, "
-        "over self.parameters()"
+        "configure_optimizers: 6 of 6 trainable parameters are in no optimizer (body.0.adapters.default.lora_A, …). It "
+        "seems to have been built before the adapters were attached, or over a part of the model: build it in "
+        "configure_optimizers, over self.parameters()"
     )
 
 
@@ -194,7 +194,8 @@ def test_moving_average_of_the_adapters(tmp_path: Path) -> None:
         (
             [StochasticWeightAveraging(1e-2)],
             {},
-            "StochasticWeightAveraging copies the model before adapters are attached; use WeightAveraging, listed after PEFT",
+            "StochasticWeightAveraging copies the model before adapters are attached; use WeightAveraging, listed "
+            "after PEFT",
         ),
         (
             [],
@@ -302,7 +303,7 @@ def test_a_compiled_module_trains(tmp_path: Path) -> None:
             return self.loss(batch)  # torch.compile can't trace Lightning's log
 
     eager, compiled = Silent(), Silent()
-    for module, runs in ((eager, eager), (compiled, torch.compile(compiled, backend="aot_eager"))):
+    for runs in (eager, torch.compile(compiled, backend="aot_eager")):
         L.seed_everything(1, verbose=False)
         trainer(tmp_path, method=LoRA(r=2), max_epochs=1).fit(runs, data())
     for name, value in trainable_parameters(eager).items():
