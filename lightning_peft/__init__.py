@@ -1,38 +1,38 @@
 """Parameter-efficient fine-tuning for PyTorch Lightning: add one callback to any LightningModule."""
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from lightning_peft.callback import PEFT, load_from_checkpoint
-from lightning_peft.injection import (
-    adapter_per_row,
-    disable_adapters,
-    inject,
-    remove,
-    set_adapter,
-    trainable_parameters,
-)
-from lightning_peft.interchange import merge, unmerge
-from lightning_peft.methods import METHODS, Method, PEFTError
+if TYPE_CHECKING:
+    from lightning_peft.callback import PEFT, load_from_checkpoint
+    from lightning_peft.injection import (
+        adapter_per_row,
+        disable_adapters,
+        inject,
+        remove,
+        set_adapter,
+        trainable_parameters,
+    )
+    from lightning_peft.interchange import merge, unmerge
+    from lightning_peft.methods import METHODS, Method, PEFTError
 
-__all__ = [
-    "METHODS",
-    "PEFT",
-    "Method",
-    "PEFTError",
-    "adapter_per_row",
-    "disable_adapters",
-    "inject",
-    "load_from_checkpoint",
-    "merge",
-    "remove",
-    "set_adapter",
-    "trainable_parameters",
-    "unmerge",
-    *METHODS,
-]
+_HOMES = {
+    "callback": ("PEFT", "load_from_checkpoint"),
+    "injection": ("adapter_per_row", "disable_adapters", "inject", "remove", "set_adapter", "trainable_parameters"),
+    "interchange": ("merge", "unmerge"),
+    "methods": ("METHODS", "Method", "PEFTError"),
+}
+"""Where each public name is found once it is asked for: `lightning-peft --help` needs neither torch nor Lightning."""
+_PLACES = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = [*_PLACES]
 
 
 def __getattr__(name: str) -> Any:
-    import lightning_peft.methods as methods
+    # a name that is in no list is a method's
+    return getattr(importlib.import_module(f"lightning_peft.{_PLACES.get(name, 'methods')}"), name)
 
-    return getattr(methods, name)
+
+def __dir__() -> list[str]:
+    from lightning_peft.methods import METHODS
+
+    return sorted({*globals(), *_PLACES, *METHODS})

@@ -87,13 +87,12 @@ def inject(model: M, method: Method, *, adapter_name: str = "default", modules_t
         if id(module) in both
     ]
     faults += [f"{path}: {reason}" for path, module in {**targets, **whole}.items() if (reason := refusal(module))]
-    faults += [
-        f"{path}: {type(module).__name__} has no shape yet; run one batch through the model first"
-        for path, module in base_modules(model)
-        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters(recurse=False))
-    ]
     if faults:
         raise PEFTError(list(dict.fromkeys(faults)))
+    for path, module in base_modules(model):
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in module.parameters(recurse=False)):
+            # torch can't freeze it either
+            raise PEFTError(f"{path}: {type(module).__name__} has no shape yet; run one batch through the model first")
 
     before = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     earlier = records(model)

@@ -84,9 +84,9 @@ def spec_faults(ours: Spec, theirs: Spec, allow_other_base: bool) -> list[str]:
     else:
         free = METHODS[our_method["name"]].training_only if our_method["name"] in METHODS else frozenset[str]()
         faults += [
-            f"{our_method['name']}.{name} is {theirs_value!r} in the checkpoint and {our_method['fields'].get(name)!r} here"
-            for name, theirs_value in their_method["fields"].items()
-            if name not in free and our_method["fields"].get(name) != theirs_value
+            f"{our_method['name']}.{name} is {value!r} in the checkpoint and {our_method['fields'].get(name)!r} here"
+            for name, value in their_method["fields"].items()
+            if name not in free and our_method["fields"].get(name) != value
         ]
     if ours["adapter_name"] != theirs["adapter_name"]:
         faults.append(

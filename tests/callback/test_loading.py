@@ -142,8 +142,8 @@ def test_truncated_file(share: float, good: Path, tmp_path: Path) -> None:
         with pytest.raises(PEFTError) as error:
             load()
         assert re.fullmatch(
-            rf"{re.escape(str(path))}: is truncated or no checkpoint \({path.stat().st_size:,} bytes; .*\); resume from "
-            rf"another one; in {re.escape(str(tmp_path))} there is epoch=3.ckpt",
+            rf"{re.escape(str(path))}: is truncated or no checkpoint \({path.stat().st_size:,} bytes; .*\); resume "
+            rf"from another one; in {re.escape(str(tmp_path))} there is epoch=3.ckpt",
             str(error.value),
         )
 
@@ -190,8 +190,8 @@ def test_a_whole_model_is_no_adapter(tmp_path: Path) -> None:
     run.fit(Toy(), data())
     run.save_checkpoint(tmp_path / "whole.ckpt")
     message = (
-        "holds no adapter. To start from the weights of a whole model, load them first (MyModule.load_from_checkpoint) and "
-        "fit without ckpt_path; ckpt_path resumes a run with adapters"
+        "holds no adapter. To start from the weights of a whole model, load them first (MyModule.load_from_checkpoint) "
+        "and fit without ckpt_path; ckpt_path resumes a run with adapters"
     )
     with pytest.raises(PEFTError) as error:
         load_from_checkpoint(Toy, tmp_path / "whole.ckpt")

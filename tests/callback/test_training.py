@@ -200,8 +200,8 @@ def test_moving_average_of_the_adapters(tmp_path: Path) -> None:
         (
             [],
             {"sync_batchnorm": True, "strategy": "ddp", "devices": 1},
-            "sync_batchnorm=True replaces normalization layers after adapters are attached; in configure_model, convert "
-            "the model with torch.nn.SyncBatchNorm.convert_sync_batchnorm instead",
+            "sync_batchnorm=True replaces normalization layers after adapters are attached; in configure_model, "
+            "convert the model with torch.nn.SyncBatchNorm.convert_sync_batchnorm instead",
         ),
         ([PEFT(LoRA())], {}, "two PEFT callbacks are in one Trainer; leave one"),
     ],

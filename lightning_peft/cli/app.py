@@ -1,0 +1,173 @@
+"""LightningCLI with a section for adapters, for people who mistype."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from argparse import ArgumentError
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+# named by their class alone in a configuration, which takes that they are imported
+import lightning_peft.data
+import lightning_peft.tasks  # noqa: F401
+from lightning_peft.callback import PEFT
+from lightning_peft.cli import RUNS
+from lightning_peft.cli.closing import interruption, print_closing
+from lightning_peft.cli.faults import find_faults, method_fault, value_faults
+from lightning_peft.cli.inspect import InspectingTrainer
+from lightning_peft.cli.reporting import Interrupted
+from lightning_peft.methods.base import Method
+from lightning_peft.methods.errors import PEFTError
+from lightning_peft.state import read_checkpoint
+
+
+def run(words: list[str]) -> int:
+    """Run the verb that is among `words`, as LightningCLI does.
+
+    Raises:
+        PEFTError: with all that is wrong with the configuration.
+        Interrupted: the user stopped it.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    PEFTCLI(words)
+    return 0
+
+
+class KeepConfigCallback(SaveConfigCallback):
+    """Writes the run's configuration, as `config.1.yaml` and so on where the folder has another `config.yaml`."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write it, once."""
+        if not self.already_saved and trainer.log_dir is not None:
+            self.config_filename = self._free_name(Path(trainer.log_dir) / self.config_filename)
+        super().setup(trainer, pl_module, stage)
+
+    def _free_name(self, path: Path) -> str:
+        content = self.parser.dump(self.config, skip_none=False)
+        names = itertools.chain([path], (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1)))
+        return next(file.name for file in names if not file.exists() or file.read_text(encoding="utf-8") == content)
+
+
+class PEFTCLI(LightningCLI):
+    """LightningCLI whose `peft:` section adds the callback, and which tells all faults at once.
+
+    A model is built as the configuration says, also where `ckpt_path` names a checkpoint of other hyper-parameters.
+
+    Args:
+        words: the verb and what comes after it.
+    """
+
+    def __init__(self, words: list[str]) -> None:
+        self.words = words
+        self.verb = next(word for word in words if word in RUNS)
+        parser = {"exit_on_error": False}
+        super().__init__(
+            trainer_class=InspectingTrainer,
+            save_config_callback=None if self.verb == "inspect" else KeepConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={**parser, "prog": "lightning-peft", self.verb: dict(parser)},
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The verb that is asked for, and what it is given by other means: a parser for each would take a second."""
+        every = {**super().subcommands(), "inspect": {"model", "datamodule"}}
+        return {self.verb: every[self.verb]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the section `peft`: the callback's arguments, of which the method may be left out, and all with it."""
+        parser.add_class_arguments(PEFT, "peft", instantiate=False, sub_configs=True, skip={"method"})
+        parser.add_argument(
+            "--peft.method",
+            type=Method | None,
+            default=None,
+            help="the method, such as LoRA; null is full fine-tuning",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the words; on a fault, find all of them."""
+        try:
+            self.config = parser.parse_args(self.words)
+        except ArgumentError as error:
+            known = self._parser(self.verb).get_defaults(skip_validation=True).as_dict()
+            raise PEFTError(find_faults(self.verb, self._options(), list(known)) or [error.message]) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Ask the classes for what they refuse, before any does work."""
+        config = self.config[self.verb].as_dict()
+        faults = value_faults(config)
+        if not (config["peft"] or {}).get("method"):
+            faults += method_fault(self._options())
+        if faults:
+            raise PEFTError(list(dict.fromkeys(faults)))
+
+    def instantiate_classes(self) -> None:
+        """As LightningCLI does, by the parser's current function."""
+        try:
+            self.config_init = self.parser.instantiate(self.config)
+        except ValueError as error:
+            # the parser wraps what a constructor raises, and so its kind would be lost
+            cause = next((cause for cause in _causes(error) if isinstance(cause, (PEFTError, ImportError))), error)
+            raise cause from cause.__cause__
+        self.datamodule = self._get(self.config_init, "data")
+        self.model = self._get(self.config_init, "model")
+        self._add_configure_optimizers_method_to_model(self.subcommand)
+        self.trainer = self.instantiate_trainer()
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The Trainer, with the callback first: others copy or count what it injects.
+
+        Raises:
+            PEFTError: a value that the Trainer refuses.
+        """
+        section = self._get(self.config_init, "peft")
+        if section is not None and section.method is not None:
+            given = self._get(self.config_init, "trainer").callbacks or []
+            others = given if isinstance(given, list) else [given]
+            kwargs["callbacks"] = [PEFT(**section.as_dict()), *others]
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise PEFTError(f"trainer: {error}") from error
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, and say what came of it."""
+        self.trainer.fit(**kwargs)
+        class_path = self._get(self.config, "model").class_path
+        rank_zero_only(print_closing)(self.trainer, class_path, self.words)
+
+    def _options(self) -> list[str]:
+        position = self.words.index(self.verb)
+        return [*self.words[:position], *self.words[position + 1 :]]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            if not self.trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, on_interrupt)
+            raise Interrupted(interruption(self.trainer, self.verb, self.words)) from None
+
+    def _parse_ckpt_path(self) -> None:
+        # LightningCLI would lay the checkpoint's hyper-parameters over the configuration, command line included
+        options = self.config[self.verb]
+        path = options.get("ckpt_path")
+        if path and path not in ("best", "last", "hpc") and ":" not in str(path) and not Path(path).is_dir():
+            # without the tensors: a bad file is told before data is prepared
+            read_checkpoint(path, "meta", options.get("weights_only") is not False)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__

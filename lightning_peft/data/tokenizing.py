@@ -1,0 +1,72 @@
+"""Tokenizers: found by name, checked, applied to the columns of a table with what was cut counted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+
+from lightning_peft.data.locations import resolve
+from lightning_peft.methods.errors import PEFTError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CUT = "was_cut"
+"""The column that says whether a row was longer than max_length."""
+
+
+def tokenizer_source(tokenizer: str | None, trainer: L.Trainer | None) -> str:
+    """What to load the tokenizer from: `tokenizer`, or the model of the LightningModule that is being run.
+
+    Raises:
+        PEFTError: neither is known.
+    """
+    if tokenizer is not None:
+        return tokenizer
+    module = trainer.lightning_module if trainer is not None else None
+    model = module.hparams.get("model") if module is not None else None
+    if isinstance(model, str):
+        return model
+    raise PEFTError(
+        "tokenizer: none was given, and the module has no hyper-parameter `model` with a name to take it from; "
+        "give a hub id, a folder or package:NAME/folder"
+    )
+
+
+def load_tokenizer(source: str, max_length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer at `source` (a hub id, a folder or `package:NAME/folder`), with a padding token.
+
+    Raises:
+        PEFTError: there is none, or its model reads fewer than `max_length` tokens.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(source, "tokenizer"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, PEFTError):
+            raise
+        message = str(error).strip().splitlines()[0]
+        raise PEFTError(f"tokenizer: none can be loaded from {source!r}: {message}") from error
+    most = tokenizer.model_max_length
+    if max_length > most:
+        raise PEFTError(f"max_length: {max_length} is more than the {most} tokens that {source!r} reads")
+    if tokenizer.pad_token is None:
+        # decoders come without one; any token will do, because what is padded is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, columns: list[list[str]], max_length: int) -> dict[str, list[Any]]:
+    """The tokenizer's fields for one batch of texts (or of pairs, with two columns), and `CUT`, a bool per row."""
+    fields = dict(tokenizer(*columns, truncation=True, max_length=max_length))
+    lengths = [len(ids) for ids in fields["input_ids"]]
+    # only a row that fills max_length can have been cut, so only those are read a second time
+    full = [row for row, length in enumerate(lengths) if length >= max_length]
+    cut = [False] * len(lengths)
+    if full:
+        whole = tokenizer(*([texts[row] for row in full] for texts in columns), verbose=False)
+        for row, ids in zip(full, whole["input_ids"], strict=True):
+            cut[row] = len(ids) > lengths[row]
+    return {**fields, CUT: cut}
