@@ -24,7 +24,22 @@ _HOMES = {
 }
 """Where each public name is found once it is asked for: `lightning-peft --help` needs neither torch nor Lightning."""
 _PLACES = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = [*_PLACES]
+
+__all__ = [
+    "METHODS",
+    "PEFT",
+    "Method",
+    "PEFTError",
+    "adapter_per_row",
+    "disable_adapters",
+    "inject",
+    "load_from_checkpoint",
+    "merge",
+    "remove",
+    "set_adapter",
+    "trainable_parameters",
+    "unmerge",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_peft.data.files import require_datasets
-from lightning_peft.data.locations import installed_packages, package_folder
 from lightning_peft.data.text_classification import TextClassificationData
+from lightning_peft.interchange.locations import installed_packages, package_folder
 from lightning_peft.methods.errors import PEFTError, suggestion
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _NICKNAMES = {
     "pandas": ["pd"],
     "transformers": ["hf", "hugging"],
 }
-"""What else gives a library away. Like the name, it is masked inside other words too; up to three letters, only alone."""
+"""What else gives a library away. Like the name, it is masked inside other words; up to three letters, only alone."""
 
 _MIN_CHARACTERS = 60
 _MAX_PER_MODULE = 20

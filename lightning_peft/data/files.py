@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_peft.data.locations import resolve
+from lightning_peft.interchange.locations import resolve
 from lightning_peft.methods.errors import PEFTError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
-from lightning_peft.data.locations import resolve
+from lightning_peft.interchange.locations import resolve
 from lightning_peft.methods.errors import PEFTError
 
 if TYPE_CHECKING:

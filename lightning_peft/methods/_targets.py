@@ -118,7 +118,8 @@ def find(
     for pattern in [exclude] if isinstance(exclude, str) else exclude:
         key = pattern if isinstance(exclude, str) else [pattern]
         if pattern and not any(matches(path, key) for path in things):
-            faults.append(f"exclude_modules: {pattern!r} matches nothing{suggestion(pattern, dict.fromkeys(names))}")
+            everything = dict.fromkeys(path.rsplit(".", 1)[-1] for path in things if path)
+            faults.append(f"exclude_modules: {pattern!r} matches nothing{suggestion(pattern, everything)}")
     return found, faults
 
 

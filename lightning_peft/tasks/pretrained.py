@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_peft.data.locations import resolve
+from lightning_peft.interchange.locations import resolve
 from lightning_peft.methods.errors import PEFTError
 
 

@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_peft.data.labels import IGNORED
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.tasks.pretrained import load_pretrained
 from lightning_peft.tasks.schedules import configure
+
+IGNORED = -100
+"""The label of a row that is left out, as in torch's cross-entropy and transformers' collators."""
 
 
 class SequenceClassification(L.LightningModule):
