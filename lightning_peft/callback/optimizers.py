@@ -30,7 +30,7 @@ def keep_trainable(
         factors: multiples of the learning rate, by parameter.
 
     Raises:
-        PEFTError: a trainable parameter is in no optimizer, or two of its groups hold it.
+        PEFTError: a trainable parameter is in no optimizer, or an optimizer that takes one group alone was to have two.
     """
     optimizers = list(dict.fromkeys(_of_type(configured, Optimizer)))
     if not optimizers:

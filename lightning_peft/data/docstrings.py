@@ -29,7 +29,7 @@ _NICKNAMES = {
     "pandas": ["pd"],
     "transformers": ["hf", "hugging"],
 }
-"""What else gives a library away. Like the name, it is masked inside other words; up to three letters, only alone."""
+"""What else gives a library away. Like its name, masked inside other words too; up to three letters, only alone."""
 
 _MIN_CHARACTERS = 60
 _MAX_PER_MODULE = 20

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_peft.interchange.locations import resolve
-from lightning_peft.methods.errors import PEFTError
+from lightning_peft.methods.errors import PEFTError, suggestion
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -154,13 +154,19 @@ def _from_hub(source: str, field: str) -> DatasetDict:
     from datasets import Dataset, DatasetDict, load_dataset
     from datasets.exceptions import DatasetsError
 
+    path = Path(source)
+    beside = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = suggestion(path.name, beside)
+    if "/" not in source and path.suffix[1:].isalpha():
+        # a hub name without an organisation has no suffix; asking the hub would take a minute where it can't be reached
+        raise PEFTError(f"{field}: there is no file or folder {source!r}{near}")
     name, _, configuration = source.partition(":")
     try:
         found = load_dataset(name, configuration or None)
     except (DatasetsError, ValueError, OSError) as error:
         message = str(error).strip().splitlines()[0]
         raise PEFTError(
-            f"{field}: {source!r} is no file or folder here, and can't be had from the hub either: {message}"
+            f"{field}: {source!r} is no file or folder here, and can't be had from the hub either: {message}{near}"
         ) from error
     if isinstance(found, Dataset):
         found = DatasetDict({"train": found})

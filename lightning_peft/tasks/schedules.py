@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -32,25 +34,23 @@ def configure(
     module: L.LightningModule,
     optimizer: OptimizerCallable | None,
     lr_scheduler: LRSchedulerCallable | None,
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    warmup_ratio: float,
+    rates: Mapping[str, Any],
 ) -> OptimizerLRScheduler:
     """What `configure_optimizers` returns for an attached module.
 
     Args:
         module: its `parameters()` are optimized, for its trainer's estimated number of steps.
-        optimizer: makes the optimizer from parameters; by default AdamW with `learning_rate` and `weight_decay`.
+        optimizer: makes the optimizer from parameters; by default AdamW.
         lr_scheduler: makes a schedule from the optimizer, to be stepped once an epoch, with its `monitor` where it has
             one; by default `warmup_cosine`, stepped at each optimizer step.
+        rates: `learning_rate` and `weight_decay` of AdamW, and `warmup_ratio`.
     """
     if optimizer is None:
-        made: Optimizer = AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        made: Optimizer = AdamW(module.parameters(), lr=rates["learning_rate"], weight_decay=rates["weight_decay"])
     else:
         made = optimizer(module.parameters())
     if lr_scheduler is None:
-        schedule = warmup_cosine(made, module.trainer.estimated_stepping_batches, warmup_ratio)
+        schedule = warmup_cosine(made, module.trainer.estimated_stepping_batches, rates["warmup_ratio"])
         return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
     given = lr_scheduler(made)
     if isinstance(given, ReduceLROnPlateau):

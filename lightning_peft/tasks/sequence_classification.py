@@ -103,8 +103,7 @@ class SequenceClassification(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The given optimizer and schedule, or AdamW with warm-up and cosine."""
-        rates = {name: self.hparams[name] for name in ("learning_rate", "weight_decay", "warmup_ratio")}
-        return configure(self, self.optimizer, self.lr_scheduler, **rates)
+        return configure(self, self.optimizer, self.lr_scheduler, self.hparams)
 
     def _logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.forward(**{name: value for name, value in batch.items() if name != "labels"}).float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,7 @@ WORDS = ["good", "bad", "fine", "poor", "film", "book", "plot", "a", "the", "was
 
 
 @pytest.fixture(autouse=True)
-def _datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+def _use_datasets_cache(datasets_cache: None) -> None: ...
 
 
 @pytest.fixture(scope="session")

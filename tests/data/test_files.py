@@ -105,9 +105,20 @@ def test_malformed_files_of_other_formats(tmp_path: Path) -> None:
     )
 
 
-def test_hub_name_that_cannot_be_reached() -> None:
+def test_mistyped_file_here_is_not_asked_of_the_hub(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("train.csv", ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert fault("train.cvs") == "path: there is no file or folder 'train.cvs'; did you mean 'train.csv'?"
+
+
+def test_hub_name_that_cannot_be_reached(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("org/such-data.csv", ROWS)
+    monkeypatch.chdir(tmp_path)
     message = fault("org/no-such-dataset")
     assert message.startswith(
         "path: 'org/no-such-dataset' is no file or folder here, and can't be had from the hub either: "
     )
+    assert message.endswith("; did you mean 'such-data.csv'?")
     assert "\n" not in message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -14,8 +16,10 @@ from lightning_peft import (
     LoRA,
     PEFTError,
     adapter_per_row,
+    disable_adapters,
     inject,
     merge,
+    remove,
     set_adapter,
     unmerge,
 )
@@ -99,6 +103,45 @@ def test_a_forward_that_was_set_on_the_layer_is_adapted_or_refused(method):
     is_adapted_or_refused(model, method, torch.ones(2, 4), target_modules=["layer"])
 
 
+class Doubled(nn.Linear):
+    """A layer whose forward was replaced on the instance, as accelerate does it: the old one is kept beside it."""
+
+    def wrap(self) -> Doubled:
+        self.old_forward = self.forward
+        self.forward = self.doubled
+        return self
+
+    def doubled(self, x: Tensor) -> Tensor:
+        return 2 * self.old_forward(x)
+
+
+@lora_like
+def test_a_forward_that_was_set_on_the_layer_is_copied_and_given_back(method):
+    model = stack(layer=Doubled(4, 4).wrap())
+    x, own = torch.ones(2, 4), frame(model)
+    values = model(x)
+    move(inject(model, method(r=2, target_modules=["layer"])))
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x), model(x))
+    for restored in (remove(copied), remove(model)):
+        assert torch.equal(restored(x), values)
+        assert frame(restored) == own
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=RecursionError,
+    reason="the kept method is pickled by its name, forward, and unpickled as the swapped class's: it calls itself",
+)
+@lora_like
+def test_a_forward_that_was_set_on_the_layer_is_pickled(method):
+    model = stack(layer=Doubled(4, 4).wrap())
+    x = torch.ones(2, 4)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+    move(inject(model, method(r=2, target_modules=["layer"])))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
 @lora_like
 def test_a_lazy_layer_elsewhere_is_left_to_itself_or_refused(method):
     model = stack(layer=nn.Linear(4, 4), lazy=nn.LazyLinear(2))
@@ -177,6 +220,31 @@ def test_rows_of_a_merged_model_are_right_or_refused(subject: Subject):
     with suppress(PEFTError), adapter_per_row(model, ["default"] * len(expected)):
         torch.testing.assert_close(subject.values(model), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(subject.values(unmerge(model)), expected)
+
+
+@each("linear")
+def test_disabling_inside_of_rows_and_rows_inside_of_disabling(subject: Subject):
+    model = subject.adapted()
+    adapted = subject.values(model)
+    base = subject.values(subject.base())
+    expected = torch.cat([adapted[:1], base[1:]])
+    with disable_adapters(model):
+        assert torch.equal(subject.values(model), base)
+        with adapter_per_row(model, ["default", None, None, None]):
+            torch.testing.assert_close(subject.values(model), expected, atol=1e-6, rtol=0)
+        assert torch.equal(subject.values(model), base)
+    assert torch.equal(subject.values(model), adapted)
+
+
+@pytest.mark.xfail(strict=True, reason="leaving the inner adapter_per_row forgets the outer one's rows")
+@each("linear")
+def test_rows_inside_of_rows(subject: Subject):
+    model = subject.adapted()
+    expected = torch.cat([subject.values(model)[:1], subject.values(subject.base())[1:]])
+    with adapter_per_row(model, ["default", None, None, None]):
+        with adapter_per_row(model, [None] * 4):
+            torch.testing.assert_close(subject.values(model), subject.values(subject.base()), atol=1e-6, rtol=0)
+        torch.testing.assert_close(subject.values(model), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

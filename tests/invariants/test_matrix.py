@@ -30,6 +30,7 @@ from .checks import assert_same_bits, bits, frame, ties
 pytestmark = [
     pytest.mark.filterwarnings("ignore:merge. .* is not tied to:UserWarning"),
     pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
 ]
 
 

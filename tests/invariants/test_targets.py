@@ -208,6 +208,7 @@ def broken_expression(pattern: str) -> str | None:
     return None
 
 
+@pytest.mark.filterwarnings("ignore:Possible nested set:FutureWarning")
 @targeted
 @quick
 @given(pattern=st.text(alphabet="layerhd.*+?()[]|^$\\", min_size=1, max_size=8))
