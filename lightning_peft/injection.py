@@ -125,14 +125,16 @@ def remove(model: M) -> M:
     Returns:
         The same object; one without adapters is left as it is.
     """
-    from_before = {name for record in records(model).values() for name in record.trainable_before}
-    was_injected = bool(vars(model).pop(RECORDS, None))
+    injected = [(module, taken) for module in model.modules() if (taken := records(module))]
     for module in list(model.modules()):
         if isinstance(module, Swapped):
             module.take_off()
-    if was_injected:
-        for name, parameter in model.named_parameters():
+    # a module inside of another that was injected later comes after it, and has the last word on its parameters
+    for module, taken in injected:
+        from_before = {name for record in taken.values() for name in record.trainable_before}
+        for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in from_before)
+        del vars(module)[RECORDS]
     return model
 
 
@@ -203,13 +205,14 @@ def adapter_per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[N
             [f"adapter {name!r}: the model has {', '.join(known)}{suggestion(name, known)}" for name in wrong]
         )
     _refuse_merged(model, "adapter_per_row")
+    before = [(host, host.row_adapters) for _, host in hosts(model)]
     try:
-        for _, host in hosts(model):
+        for host, _ in before:
             host.row_adapters = tuple(names)
         yield
     finally:
-        for _, host in hosts(model):
-            host.row_adapters = None
+        for host, rows in before:
+            host.row_adapters = rows
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

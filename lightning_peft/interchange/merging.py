@@ -34,17 +34,17 @@ def merge(model: M) -> M:
         raise PEFTError(f"merge: {'it is merged already' if merged else 'no active adapter stands on the model'}")
     # all are computed before any is stored, so that a fault leaves the model as it was
     results = [(path, host, adapter.merged(host)) for path, host, adapter in targets]
-    owners: dict[int, set[str]] = {}
+    replaced = {(id(host), name) for _, host, tensors in results for name in tensors}
+    kept: dict[int, set[str]] = {}
     for path, module in base_modules(model):
         for name, tensor in own_tensors(module).items():
-            owners.setdefault(id(tensor), set()).add(f"{path}.{name}" if path else name)
-    adapted = {f"{path}.{name}" if path else name for path, _, tensors in results for name in tensors}
+            if (id(module), name) not in replaced:
+                kept.setdefault(id(tensor), set()).add(f"{path}.{name}" if path else name)
     for path, host, tensors in results:
         originals = {}
         for name, value in tensors.items():
             original = own_tensors(host)[name]
-            untied = owners[id(original)] - adapted
-            if untied:
+            if untied := kept.get(id(original)):
                 rank_zero_warn(
                     f"merge: {path}.{name} is not tied to {', '.join(sorted(untied))} any more, until unmerge"
                 )

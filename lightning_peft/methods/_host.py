@@ -148,16 +148,9 @@ def _any_active(model: nn.Module) -> bool:
 @cache
 def _swapped_class(cls: Any, mixed_in: tuple[type, ...], names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _effective_property(name) for name in names}
-    if issubclass(cls, nn.RNNBase) and names:
-        body["_flat_weights"] = property(_flat_weights, lambda self, value: None)
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_swapped": (cls, mixed_in, names)}
     # the name stays: libraries (and people) tell layers apart by it
     return cast("type[nn.Module]", type(cls.__name__, (*mixed_in, cls), body))
-
-
-def _flat_weights(rnn: nn.RNNBase) -> list[Tensor]:
-    # recurrent layers hand torch a list of their weights that they keep themselves; checked on torch 2.11 and 2.13
-    return [getattr(rnn, name) for name in rnn._flat_weights_names]
 
 
 def _effective_property(name: str) -> property:
@@ -200,6 +193,11 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     None."""
     both = {**module._parameters, **module._buffers}
     return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+
+def adapter_dtype(frozen: Tensor) -> torch.dtype:
+    """fp32, or fp64 over an fp64 base: small updates to low-precision numbers would round to nothing."""
+    return torch.float64 if frozen.dtype == torch.float64 else torch.float32
 
 
 def swap(module: nn.Module, mixin: type | None = None, names: Iterable[str] = ()) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.methods._host import Adapter, Base, own_tensors
+from lightning_peft.methods._host import Adapter, Base, adapter_dtype, own_tensors
 from lightning_peft.methods._lora_init import from_weight, from_weight_name
 from lightning_peft.methods._low_rank import (
     adapted_linear,
@@ -35,11 +35,6 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def is_adaptable(module: nn.Module) -> bool:
     """Whether LoRA has a layer for this kind of module."""
     return isinstance(module, (nn.Linear, nn.Embedding, nn.MultiheadAttention, *CONVS)) or is_conv1d(module)
-
-
-def adapter_dtype(frozen: Tensor) -> torch.dtype:
-    """fp32, or fp64 over an fp64 base: small updates to low-precision numbers would round to nothing."""
-    return torch.float64 if frozen.dtype == torch.float64 else torch.float32
 
 
 class LowRank(Adapter):

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lightning_peft.methods._host import Adapter, own_tensors
+from lightning_peft.methods._host import Adapter, adapter_dtype, own_tensors
 
 
 class SavedCopy(Adapter):
     """A trained copy of one module's own parameters and buffers, which the module reads instead of its frozen ones.
+
+    Parameters are kept, and trained, in fp32 over a base of lower precision, and read in the base's dtype.
 
     Args:
         module: the module whose tensors are copied.
@@ -24,8 +26,9 @@ class SavedCopy(Adapter):
             copy = shared.get(id(tensor))
             if copy is None:
                 copy = tensor.detach().clone()
-                is_trained = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-                copy = nn.Parameter(copy, is_trained) if isinstance(tensor, nn.Parameter) else copy
+                if isinstance(tensor, nn.Parameter):
+                    is_trained = tensor.is_floating_point()
+                    copy = nn.Parameter(copy.to(adapter_dtype(tensor)) if is_trained else copy, is_trained)
                 shared[id(tensor)] = copy
             if isinstance(copy, nn.Parameter):
                 self.register_parameter(name, copy)
@@ -33,7 +36,7 @@ class SavedCopy(Adapter):
                 self.register_buffer(name, copy, persistent=name not in module._non_persistent_buffers_set)
 
     def effective(self, module: nn.Module, name: str, frozen: Tensor) -> Tensor:
-        return own_tensors(self)[name]
+        return own_tensors(self)[name].to(frozen.dtype)
 
 
 def saved_copies(modules: Mapping[str, nn.Module]) -> dict[str, SavedCopy]:

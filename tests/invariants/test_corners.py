@@ -236,7 +236,6 @@ def test_disabling_inside_of_rows_and_rows_inside_of_disabling(subject: Subject)
     assert torch.equal(subject.values(model), adapted)
 
 
-@pytest.mark.xfail(strict=True, reason="leaving the inner adapter_per_row forgets the outer one's rows")
 @each("linear")
 def test_rows_inside_of_rows(subject: Subject):
     model = subject.adapted()
