@@ -49,45 +49,65 @@ def summary_line(model: nn.Module) -> str:
     return f"trainable params: {total.trainable:,} || all params: {everything:,} || trainable%: {share:.2f}"
 
 
-def module_table(model: nn.Module, *, every_module: bool = True) -> Table:
-    """A row for each module with parameters of its own: its adapter, trainable and frozen counts, dtypes and bytes.
+@dataclass
+class Row:
+    """One module with parameters of its own, or several of one kind."""
 
-    Args:
-        every_module: False puts modules that differ by a layer's number alone into one row, and leaves out those that
-            nothing is attached to.
-    """
-    rows: dict[tuple[str, str, str], tuple[Count, int]] = {}
-    seen: set[int] = set()
+    path: str
+    kind: str
+    attached: str
+    """The adapter's layers; empty where none stands on it."""
+    count: Count
+    modules: int = 1
+
+
+def module_rows(model: nn.Module) -> list[Row]:
+    """A row for each of `model`'s modules that has parameters, its adapters' among them; a shared one counts once."""
+    rows, seen = [], set[int]()
     for path, module in base_modules(model):
-        numbers = Count()
-        mine = [*module.parameters(recurse=False), *(module.adapters.parameters() if isinstance(module, Host) else [])]
-        for parameter in mine:
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                numbers.add(parameter)
-        if not mine or not (every_module or isinstance(module, Host)):
-            continue
-        name = path if every_module else re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
-        key = (name or "(root)", type(module).__name__, _attached(module))
-        so_far, modules = rows.get(key, (Count(), 0))
-        merged = Count(
-            so_far.trainable + numbers.trainable,
-            so_far.frozen + numbers.frozen,
-            so_far.bytes + numbers.bytes,
-            so_far.dtypes + numbers.dtypes,
-        )
-        rows[key] = merged, modules + 1
+        own = [*module.parameters(recurse=False), *(module.adapters.parameters() if isinstance(module, Host) else [])]
+        if own:
+            row = Row(path or "(root)", type(module).__name__, _attached(module), Count())
+            for parameter in own:
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    row.count.add(parameter)
+            rows.append(row)
+    return rows
 
+
+def module_table(model: nn.Module) -> Table:
+    """Module by module: its adapter, trainable and frozen counts, dtypes and bytes."""
+    table = _table("module", "type", "attached", "trainable>", "frozen>", "dtypes", "bytes>")
+    for row in module_rows(model):
+        dtypes = ", ".join(dtype for dtype, _ in row.count.dtypes.most_common())
+        numbers = f"{row.count.trainable:,}", f"{row.count.frozen:,}"
+        table.add_row(row.path, row.kind, row.attached, *numbers, dtypes, format_bytes(row.count.bytes))
+    return table
+
+
+def summary_table(model: nn.Module) -> Table:
+    """What trains: modules that differ by a layer's number alone in one row, their path from before that number on."""
+    together: dict[tuple[str, str, str], Row] = {}
+    for row in module_rows(model):
+        if row.attached:
+            path = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.path)
+            path = re.sub(r"^.*?\.(?=[^.*]*\.\*)", "…", path)
+            so_far = together.setdefault((path, row.kind, row.attached), Row(path, row.kind, row.attached, Count(), 0))
+            so_far.count.trainable += row.count.trainable
+            so_far.count.frozen += row.count.frozen
+            so_far.modules += 1
+    table = _table("module", "attached", "trainable>", "frozen>")
+    for row in together.values():
+        label = row.path if row.modules == 1 else f"{row.path} ({row.modules}×)"
+        table.add_row(label, row.attached, f"{row.count.trainable:,}", f"{row.count.frozen:,}")
+    return table
+
+
+def _table(*headers: str) -> Table:
     table = Table(title="What is trained", title_justify="left")
-    for header, justify in (("module", "left"), ("type", "left"), ("attached", "left"), ("trainable", "right"),
-                            ("frozen", "right"), ("dtypes", "left"), ("bytes", "right")):  # fmt: skip
-        table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for (name, kind, attached), (numbers, modules) in rows.items():
-        label = name if modules == 1 else f"{name} ({modules}×)"
-        dtypes = ", ".join(dtype for dtype, _ in numbers.dtypes.most_common())
-        table.add_row(
-            label, kind, attached, f"{numbers.trainable:,}", f"{numbers.frozen:,}", dtypes, format_bytes(numbers.bytes)
-        )
+    for header in headers:
+        table.add_column(header.rstrip(">"), justify="right" if header.endswith(">") else "left", overflow="fold")
     return table
 
 
@@ -103,7 +123,7 @@ def format_bytes(number: float) -> str:
 def print_summary(model: nn.Module) -> None:
     """Print what trains, layers of one kind in one row, and the summary line."""
     console = Console()
-    console.print(module_table(model, every_module=False))
+    console.print(summary_table(model))
     console.print(summary_line(model), highlight=False, soft_wrap=True)
 
 
