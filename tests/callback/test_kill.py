@@ -43,8 +43,9 @@ module, last = Toy(), folder / "last.ckpt"
 if last.exists():
     L.seed_everything(77, verbose=False)
 run = trainer(folder, ModelCheckpoint(folder, save_last=True, save_top_k=-1), max_epochs=epochs)
-run.fit(module, torch.utils.data.DataLoader(data(256).dataset, 8, shuffle=True), ckpt_path=last if last.exists() else
-None) torch.save(module.state_dict(), folder / "end.pt")
+loader = torch.utils.data.DataLoader(data(256).dataset, 8, shuffle=True)
+run.fit(module, loader, ckpt_path=last if last.exists() else None)
+torch.save(module.state_dict(), folder / "end.pt")
 """
 
 
