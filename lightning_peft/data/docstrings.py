@@ -82,7 +82,16 @@ class DocstringData(TextClassificationData):
             validation_fraction=validation_fraction,
             seed=seed,
         )
-        self.save_hyperparameters(ignore=["path", "validation_path", "test_path", "text_column", "label_column"])
+        foreign = [
+            "path",
+            "validation_path",
+            "test_path",
+            "text_column",
+            "label_column",
+            "streaming",
+            "group_by_length",
+        ]
+        self.save_hyperparameters(ignore=foreign)
         self.libraries = list(libraries)
         self.rows_per_library = rows_per_library
 

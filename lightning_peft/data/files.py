@@ -25,7 +25,7 @@ def require_datasets() -> None:
         raise PEFTError("the data modules need the package 'datasets'; pip install 'lightning-peft[data]'")
 
 
-def load_table(source: str, field: str = "path") -> DatasetDict:
+def load_table(source: str, field: str = "path", streaming: bool = False) -> DatasetDict:
     """The splits of a table: `train`, and `validation` and `test` where the source has them.
 
     Args:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
 from lightning_peft.interchange.locations import resolve
-from lightning_peft.methods.errors import PEFTError
+from lightning_peft.methods.errors import PEFTError, suggestion
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 CUT = "was_cut"
 """The column that says whether a row was longer than max_length."""
 
 
-def tokenizer_source(tokenizer: str | None, trainer: L.Trainer | None) -> str:
-    """What to load the tokenizer from: `tokenizer`, or the model of the LightningModule that is being run.
+def source_of(field: str, given: str | None, trainer: L.Trainer | None) -> str:
+    """What to load a tokenizer or processor from: `given`, or the model of the LightningModule that is being run.
 
     Raises:
-        PEFTError: neither is known.
+        PEFTError: neither is known; `field` is the name that `given` has.
     """
-    if tokenizer is not None:
-        return tokenizer
+    if given is not None:
+        return given
     module = trainer.lightning_module if trainer is not None else None
     model = module.hparams.get("model") if module is not None else None
     if isinstance(model, str):
         return model
     raise PEFTError(
-        "tokenizer: none was given, and the module has no hyper-parameter `model` with a name to take it from; "
+        f"{field}: none was given, and the module has no hyper-parameter `model` with a name to take it from; "
         "give a hub id, a folder or package:NAME/folder"
     )
 
@@ -70,3 +72,31 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, columns: list[list[str]], max_l
         for row, ids in zip(full, whole["input_ids"], strict=True):
             cut[row] = len(ids) > lengths[row]
     return {**fields, CUT: cut}
+
+
+def missing_columns(table: Dataset, split: str, needed: Mapping[str, Sequence[str]]) -> list[str]:
+    """One fault for each column that `table` lacks, with the nearest of its names.
+
+    Args:
+        table: any table.
+        split: its name, for the messages.
+        needed: the columns that have to be there, by the name of the field that says so.
+    """
+    return [
+        f"{field}: the {split} data has no column {column!r}"
+        + (suggestion(column, table.column_names) or f"; it has {', '.join(table.column_names)}")
+        for field, columns in needed.items()
+        for column in columns
+        if column not in table.column_names
+    ]
+
+
+def text_faults(table: Dataset, column: str, split: str, field: str) -> list[str]:
+    """That `column` of `table` holds something else than text, or has rows without any."""
+    kind = getattr(table.features[column], "dtype", "a list")
+    if kind not in ("string", "large_string"):
+        return [f"{field}: {column!r} of the {split} data holds {kind}, not text"]
+    arrow = table.select_columns([column]).with_format("arrow")
+    missing = sum(batch[column].null_count for batch in arrow.iter(batch_size=10_000))
+    told = f"{field}: {missing:,} of {len(table):,} rows of the {split} data have no {column!r}"
+    return [told] if missing else []

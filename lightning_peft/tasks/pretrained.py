@@ -1,4 +1,4 @@
-"""Loads a pretrained model for a task."""
+"""Loads a pretrained model for a task, and checks that data fits it."""
 
 from __future__ import annotations
 
@@ -30,3 +30,15 @@ def load_pretrained(auto_class: str, name: str, **options: Any) -> torch.nn.Modu
         message = " ".join(str(error).split())
         raise PEFTError(f"model: {auto_class} can't load {name!r}: {message}") from error
     return model.train()
+
+
+def check_length(model: torch.nn.Module, data: object) -> None:
+    """Refuse rows that may be longer than the model has positions for.
+
+    Raises:
+        PEFTError: the datamodule's `max_length` is more than the model's configuration says.
+    """
+    config = getattr(model, "config", None)
+    most, asked = getattr(config, "max_position_embeddings", None), getattr(data, "max_length", None)
+    if isinstance(most, int) and isinstance(asked, int) and 0 < most < asked:
+        raise PEFTError(f"max_length: {asked} is more than the {most} tokens that the model reads")

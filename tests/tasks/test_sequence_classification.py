@@ -71,11 +71,14 @@ def test_fit_lowers_the_loss_and_load_from_checkpoint_gives_the_model_back(
     assert dict(again.hparams) == {
         "model": tiny_bert,
         "num_labels": 3,
+        "label_names": ["bad", "fine", "good"],
         "learning_rate": 1e-2,
         "weight_decay": 0.01,
         "warmup_ratio": 0.06,
+        "model_options": None,
         "trust_remote_code": False,
     }
+    assert again.model.config.id2label == {0: "bad", 1: "fine", 2: "good"}
     probabilities = torch.cat(loops.predict(module, rows))  # type: ignore[arg-type]
     assert torch.equal(torch.cat(trainer(tmp_path).predict(again.eval(), rows)), probabilities)  # type: ignore[arg-type]
     assert probabilities.sum(dim=1).tolist() == pytest.approx([1.0] * 42)
