@@ -19,7 +19,7 @@ from lightning_peft.methods._host import (
     refusal,
     swap,
 )
-from lightning_peft.methods._saved_copy import saved_copies
+from lightning_peft.methods._saved_copy import SavedCopy, saved_copies
 from lightning_peft.methods._targets import base_modules, find
 from lightning_peft.methods.base import Attachment, Method
 from lightning_peft.methods.errors import PEFTError, suggestion
@@ -148,6 +148,11 @@ def adapters(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
     return {
         path: cast(Adapter, host.adapters[adapter_name]) for path, host in hosts(model) if adapter_name in host.adapters
     }
+
+
+def method_adapters(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
+    """Those of `adapters` that the method made: without the copies of modules that are trained whole."""
+    return {path: adapter for path, adapter in adapters(model, adapter_name).items() if type(adapter) is not SavedCopy}
 
 
 def set_adapter(model: nn.Module, name: str) -> None:

@@ -13,6 +13,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_peft.callback.compatibility import check_trainer
 from lightning_peft.callback.module import AdaptedModule, Plan, adapt, go_on_with_random_numbers, mark_buffers
+from lightning_peft.callback.training import kind_for
+from lightning_peft.injection import method_adapters
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import AtomicCheckpointIO, method_of, read_checkpoint, spec_of
@@ -58,7 +60,8 @@ class PEFT(pl.Callback):
             PEFTError: with all that could not work in this Trainer.
         """
         check_trainer(trainer, self)
-        adapt(pl_module, Plan(self.method, self.adapter_name, self.modules_to_save, self.allow_other_base))  # type: ignore[arg-type]
+        plan = Plan(self.method, self.adapter_name, self.modules_to_save, self.allow_other_base)  # type: ignore[arg-type]
+        adapt(pl_module, plan, kind_for(self.method))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -71,6 +74,11 @@ class PEFT(pl.Callback):
                 # the next thing that Lightning draws is the data loader's seed, as it does when an epoch begins
                 go_on_with_random_numbers(pl_module)
         rank_zero_only(print_summary)(pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Log what the method reports of its adapters."""
+        if trainer.loggers and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log_dict(self.method.report(method_adapters(pl_module, self.adapter_name)))
 
 
 def load_from_checkpoint(
@@ -96,7 +104,8 @@ def load_from_checkpoint(
         # the module is built by Lightning's own rules; that it finds no frozen tensor in the file is as it should be
         warnings.filterwarnings("ignore", message="Found keys that are")
         module = cls.load_from_checkpoint(path, map_location=map_location, strict=False, weights_only=True, **kwargs)
-    adapt(module, Plan(method, spec["adapter_name"], list(spec["modules_to_save"]), allow_other_base))
+    plan = Plan(method, spec["adapter_name"], list(spec["modules_to_save"]), allow_other_base)
+    adapt(module, plan, kind_for(method))
     assert isinstance(module, AdaptedModule)
     module.configure_model()
     module.check_checkpoint(checkpoint)

@@ -18,7 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_peft.callback.optimizers import keep_trainable
-from lightning_peft.injection import adapters, inject, records, trainable_parameters
+from lightning_peft.injection import inject, method_adapters, records, trainable_parameters
 from lightning_peft.methods._host import Swapped, swap
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
@@ -44,7 +44,15 @@ NOTICE = (
     "path), or give the Trainer the PEFT callback"
 )
 """A key among the tensors: stock loading lists keys that it does not expect, and so says what to call."""
-HOOKS = ("configure_model", "configure_optimizers", "on_save_checkpoint", "on_load_checkpoint", "load_state_dict")
+HOOKS = (
+    "configure_model",
+    "configure_optimizers",
+    "training_step",
+    "manual_backward",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+    "load_state_dict",
+)
 STATES = ("state_dict", "current_model_state")
 """Where a checkpoint holds the module's tensors; WeightAveraging keeps the current ones beside the averaged."""
 BUFFER_SAMPLES = 4096
@@ -65,6 +73,8 @@ class Plan:
     buffers_at_start: dict[str, tuple[bytes, int]] = field(default_factory=dict)
     moved_buffers: set[str] = field(default_factory=set)
     """Buffers of the base that training moves: a checkpoint holds them, for nothing else could restore them."""
+    steps: int = 0
+    """Optimizer steps that the adapters have taken, for methods with a schedule of their own."""
     rng_to_restore: RNGState | None = None
     """The random number generators' states in the checkpoint that was loaded, until training starts."""
 
@@ -92,7 +102,7 @@ class AdaptedModule(Swapped, LightningModule):
         """The module's own, with only what trains left in its optimizers."""
         configured = self._own_hook("configure_optimizers")()
         plan = self._peft_plan
-        factors = plan.method.learning_rate_factors(adapters(self, plan.adapter_name))
+        factors = plan.method.learning_rate_factors(method_adapters(self, plan.adapter_name))
         keep_trainable(configured, trainable_parameters(self), factors)
         return configured
 
@@ -108,7 +118,8 @@ class AdaptedModule(Swapped, LightningModule):
             if name in checkpoint:
                 checkpoint[name] = {key: tensor for key, tensor in checkpoint[name].items() if key in kept}
         checkpoint["state_dict"][NOTICE] = torch.empty(0)
-        checkpoint[KEY] = {**plan.spec, "moved_buffers": sorted(plan.moved_buffers)}
+        checkpoint[KEY] = {**plan.spec, "moved_buffers": sorted(plan.moved_buffers), "metrics": _metrics(self)}
+        checkpoint[KEY]["steps"] = plan.steps
         if "optimizer_states" in checkpoint:
             # Lightning does not keep them, and a resumed run would shuffle and drop otherwise than the unbroken one
             checkpoint[KEY]["rng"] = rng_state()
@@ -129,6 +140,7 @@ class AdaptedModule(Swapped, LightningModule):
         checkpoint["state_dict"].pop(NOTICE, None)
         self._check(checkpoint["state_dict"], spec)
         self._peft_plan.moved_buffers |= set(spec.get("moved_buffers", ()))
+        self._peft_plan.steps = spec.get("steps", 0)
         self._peft_plan.rng_to_restore = spec.get("rng")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -164,8 +176,13 @@ class AdaptedModule(Swapped, LightningModule):
             raise PEFTError([f"checkpoint: {fault}" for fault in faults])
 
 
-def adapt(module: LightningModule, plan: Plan) -> None:
+def adapt(module: LightningModule, plan: Plan, kind: type[AdaptedModule] = AdaptedModule) -> None:
     """Let `module` carry out `plan` when its model is configured; again with the same plan, nothing changes.
+
+    Args:
+        module: the module, whose class is swapped.
+        plan: what to inject.
+        kind: what is mixed in front of its class.
 
     Raises:
         PEFTError: the module already carries another method under that adapter's name.
@@ -183,7 +200,7 @@ def adapt(module: LightningModule, plan: Plan) -> None:
         return
     plan.own_hooks = {name: vars(module).pop(name) for name in HOOKS if name in vars(module)}
     vars(module)["_peft_plan"] = plan
-    swap(module, AdaptedModule)
+    swap(module, kind)
 
 
 def mark_buffers(module: AdaptedModule) -> None:
@@ -221,6 +238,12 @@ def _moved(buffers: Mapping[str, Tensor], at_start: Mapping[str, tuple[bytes, in
         return unseen or sample_bytes(buffer, BUFFER_SAMPLES) != sample
 
     return {name for name, buffer in buffers.items() if name in at_start and differs(name, buffer)}
+
+
+def _metrics(module: LightningModule) -> dict[str, float]:
+    """What was logged last, for whoever reads the checkpoint later on."""
+    metrics = module._trainer.callback_metrics if module._trainer is not None else {}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _drop_modules(checkpoint: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def keep_trainable(
     Raises:
         PEFTError: a trainable parameter is in no optimizer, or an optimizer that takes one group alone was to have two.
     """
-    optimizers = list(dict.fromkeys(_of_type(configured, Optimizer)))
+    optimizers = optimizers_in(configured)
     if not optimizers:
         return  # a module may optimize by hand, without any of torch's optimizers
     schedulers = list(dict.fromkeys(_of_type(configured, (LRScheduler, ReduceLROnPlateau))))
@@ -55,6 +55,11 @@ def keep_trainable(
     for optimizer in optimizers:
         own = [scheduler for top in schedulers for scheduler in _flat(top) if scheduler.optimizer is optimizer]
         _split_groups(optimizer, own, factors)
+
+
+def optimizers_in(configured: Any) -> list[Optimizer]:
+    """The optimizers in what `configure_optimizers` returned, each once."""
+    return list(dict.fromkeys(_of_type(configured, Optimizer)))
 
 
 def _split_groups(optimizer: Optimizer, schedulers: list[Any], factors: Mapping[nn.Parameter, float]) -> None:
