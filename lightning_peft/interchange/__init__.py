@@ -1,5 +1,6 @@
 """Adapters on their way out of, and into, other forms."""
 
+from lightning_peft.interchange.hf_peft import export_adapter, import_adapter
 from lightning_peft.interchange.merging import merge, unmerge
 
-__all__ = ["merge", "unmerge"]
+__all__ = ["export_adapter", "import_adapter", "merge", "unmerge"]

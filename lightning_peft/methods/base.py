@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.methods._host import Adapter
@@ -59,6 +60,25 @@ class PeftTensor(NamedTuple):
     """From our layout into HF peft's."""
     from_peft: Callable[[Tensor], Tensor] = _same
     """Back again. Raises PEFTError where a value has no place in our layout."""
+    parts: tuple[Tensor, ...] = ()
+    """Tensors of several adapters that `tensor` is a copy of, side by side in its last dimension: an import fills
+    these."""
+
+    @torch.no_grad()
+    def fill(self, given: Tensor) -> None:
+        """Take over a tensor of HF peft's file.
+
+        Raises:
+            PEFTError: a value has no place in our layout.
+        """
+        value = self.from_peft(given)
+        if not self.parts:
+            self.tensor.copy_(value)
+            return
+        start = 0
+        for part in self.parts:
+            part.copy_(value.narrow(-1, start, part.shape[-1]))
+            start += part.shape[-1]
 
 
 class Method:
@@ -69,6 +89,8 @@ class Method:
 
     learning_rate: ClassVar[float] = 1e-3
     """AdamW's rate to start from, which a configuration that names none gets."""
+    identity_at_start: ClassVar[bool] = True
+    """Whether the model's outputs are the base's until the first step."""
     training_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that steer training or say where adapters go, but don't change what a set of trained tensors computes: a
     checkpoint written under other values of these still loads."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,7 @@ class DoRA(LoRA):
     Fields are LoRA's. At the start the model's outputs are the frozen model's. Source: arXiv 2402.09353, eq. 5 and 11.
     """
 
+    peft_defaults: ClassVar[Mapping[str, Any]] = {**LoRA.peft_defaults, "use_dora": True}
     linear: ClassVar[type[layers.LowRank]] = LinearDoRA
     conv: ClassVar[type[layers.LowRank]] = ConvDoRA
     embedding: ClassVar[type[layers.LowRank]] = EmbeddingDoRA

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lightning_peft.methods import _lora_layers as layers
+from lightning_peft.methods import _lora_peft, _lora_peft_tensors
 from lightning_peft.methods._host import Adapter
 from lightning_peft.methods._targets import (
     ALL_LINEAR,
@@ -23,7 +24,7 @@ from lightning_peft.methods._targets import (
     pattern_faults,
     pattern_value,
 )
-from lightning_peft.methods.base import Attachment, Method
+from lightning_peft.methods.base import Attachment, Method, PeftRoot, PeftTensor
 from lightning_peft.methods.errors import PEFTError, suggestion
 
 INITS = ("default", "gaussian", "pissa", "pissa_niter_16", "olora")
@@ -70,6 +71,7 @@ class LoRA(Method):
     training_only: ClassVar[frozenset[str]] = frozenset(
         {"dropout", "target_modules", "target_parameters", "exclude_modules", "lora_plus"}
     )
+    peft_defaults: ClassVar[Mapping[str, Any]] = _lora_peft.DEFAULTS
     linear: ClassVar[type[layers.LowRank]] = layers.LinearLoRA
     conv: ClassVar[type[layers.LowRank]] = layers.ConvLoRA
     embedding: ClassVar[type[layers.LowRank]] = layers.EmbeddingLoRA
@@ -146,6 +148,24 @@ class LoRA(Method):
             part for adapter in attached.values() for part in adapter.modules() if isinstance(part, layers.LowRank)
         ]
         return {part.lora_B: self.lora_plus for part in parts}
+
+    @classmethod
+    def reads_peft(cls, config: Mapping[str, Any]) -> bool:
+        """HF peft counts DoRA to LoRA, and marks it by a field."""
+        return super().reads_peft(config) and bool(config.get("use_dora")) == cls.peft_defaults["use_dora"]
+
+    def to_peft(self, root: PeftRoot, attached: Mapping[str, Adapter]) -> dict[str, Any]:
+        """Names are kept where they mean the same in HF peft."""
+        return _lora_peft.to_peft(self, root, attached)
+
+    def peft_tensors(self, root: PeftRoot, attached: Mapping[str, Adapter]) -> dict[str, PeftTensor]:
+        """A, B and DoRA's magnitude."""
+        return _lora_peft_tensors.peft_tensors(self.peft_prefix, root, attached)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], keys: Sequence[str], root: PeftRoot) -> LoRA:
+        """Where the adapters go is taken from the keys."""
+        return _lora_peft.from_peft(cls, config, keys, root)
 
     def _options(self, path: str) -> dict[str, Any]:
         r = pattern_value(self.rank_pattern, path, self.r)
