@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,27 +43,39 @@ def find_classes(table: Dataset, column: str) -> Classes:
     from datasets import ClassLabel
 
     feature = table.features[column]
-    found = Counter(table[column][:])
     named = isinstance(feature, ClassLabel)
     withheld = [row for row, value in enumerate(table[column][:], 1) if value is None or (named and value == -1)]
     if withheld:
-        shown = ", ".join(str(row) for row in withheld[:5]) + (", …" if len(withheld) > 5 else "")
-        raise PEFTError(f"label_column: {len(withheld):,} of {len(table):,} training rows have no label: rows {shown}")
-    if named:
+        counted = f"{len(withheld):,} of {len(table):,} training rows have no label: {row_numbers(withheld)}"
+        raise PEFTError(f"label_column: {counted}")
+    return classes_of(Counter(table[column][:]), feature, column, "label_column")
+
+
+def classes_of(found: Mapping[Hashable, int], feature: Any, column: str, field: str) -> Classes:
+    """The classes of counted values, none of them null; the arguments and errors are as in `find_classes`.
+
+    Args:
+        found: how often each value occurs in training.
+        feature: the feature of the single values.
+        column: the column that holds them, and `field`, the name of the field that says so: for the error messages.
+    """
+    from datasets import ClassLabel
+
+    if isinstance(feature, ClassLabel):
         values: list[Hashable] = list(range(feature.num_classes))
         names = list(feature.names)
     else:
         odd = {type(value).__name__ for value in found if not isinstance(value, (str, int))}
         if odd:
             kinds = ", ".join(sorted(odd))
-            raise PEFTError(f"label_column: {column!r} holds {kinds}; a class is a string or an integer")
-        values = sorted(found)
+            raise PEFTError(f"{field}: {column!r} holds {kinds}; a class is a string or an integer")
+        values = sorted(found)  # type: ignore[type-var]
         names = [str(value) for value in values]
     if sum(value in found for value in values) < 2:
         only = next((name for value, name in zip(values, names, strict=True) if value in found), "none")
-        raise PEFTError(f"label_column: {column!r} holds one class only, {only!r}; a classifier needs two or more")
+        raise PEFTError(f"{field}: {column!r} holds one class only, {only!r}; a classifier needs two or more")
     index = {value: number for number, value in enumerate(values)}
-    return Classes(index, names, [found[value] for value in values])
+    return Classes(index, names, [found.get(value, 0) for value in values])
 
 
 def has_labels(table: Dataset, column: str, classes: Classes) -> bool:
@@ -74,14 +86,26 @@ def has_labels(table: Dataset, column: str, classes: Classes) -> bool:
 
 def unseen_labels(table: Dataset, column: str, classes: Classes, split: str) -> list[str]:
     """One fault for each label of `table` that training doesn't have."""
-    found = Counter(table[column][:])
+    return unseen(Counter(table[column][:]), classes, split)
+
+
+def unseen(
+    found: Mapping[Hashable, int], classes: Classes, split: str, word: str = "label", unit: str = "row"
+) -> list[str]:
+    """One fault for each of the counted values that training doesn't have; `unit` is what the counts count."""
     faults = []
     for value, count in sorted(found.items(), key=lambda item: str(item[0])):
         if value not in classes.index:
             known = suggestion(str(value), classes.names) or f"; its classes are {_listed(classes.names)}"
-            rows = "1 row" if count == 1 else f"{count:,} rows"
-            faults.append(f"{split}: the label {value!r} ({rows}) does not occur in training{known}")
+            times = f"1 {unit}" if count == 1 else f"{count:,} {unit}s"
+            faults.append(f"{split}: the {word} {value!r} ({times}) does not occur in training{known}")
     return faults
+
+
+def row_numbers(rows: Sequence[int], limit: int = 5) -> str:
+    """`row 3`, or `rows 2, 4, …`: the first of these numbers, for an error message."""
+    shown = ", ".join(str(row) for row in rows[:limit]) + (", …" if len(rows) > limit else "")
+    return f"row {shown}" if len(rows) == 1 else f"rows {shown}"
 
 
 def stratified_split(table: Dataset, column: str, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

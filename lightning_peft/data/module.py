@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_peft.data.files import load_file, load_table
-from lightning_peft.data.sampling import LengthGroupedSampler, StreamLoader, lengths
+from lightning_peft.data.files import HEAD, load_file, load_table
+from lightning_peft.data.sampling import LengthGroupedSampler, Stream, StreamLoader, lengths
 from lightning_peft.data.tokenizing import CUT, load_tokenizer, source_of
 from lightning_peft.methods.errors import PEFTError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-HEAD = 1000
-"""Rows of a stream that are checked before training."""
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
@@ -217,13 +215,18 @@ class TextData(TableData):
         max_length: rows are cut to this many tokens, special ones included; how many were cut is logged.
         group_by_length: put training rows of similar length into one batch, so that less is padded; batches still come
             in random order.
-        streaming: read the training data as it is needed, for what is too large to be converted on disk.
+        streaming: read the training data as it is needed, for what is too large to be converted on disk. Its first
+            1,000 rows are checked before training. Each rank and worker reads its own rows. Give the Trainer
+            `max_steps`: nobody knows how long a stream is, and without it the learning rate doesn't fall.
         **options: see `TableData`.
 
     Attributes:
         tokenizer: known after `setup`.
-        cut_rows: the number of rows longer than `max_length`, by split.
+        cut_rows: the number of rows longer than `max_length`, by split; of a stream, among its first 1,000.
     """
+
+    markers: ClassVar[tuple[str, ...]] = (CUT,)
+    """The columns of encoded rows that are counted and then removed."""
 
     def __init__(
         self,
@@ -243,7 +246,10 @@ class TextData(TableData):
 
     def faults(self) -> list[str]:
         """What is wrong with the arguments."""
-        return ([f"max_length: {self.max_length} is less than 1"] if self.max_length < 1 else []) + super().faults()
+        faults = [f"max_length: {self.max_length} is less than 1"] if self.max_length < 1 else []
+        if self.hparams["streaming"] and self.hparams["group_by_length"]:
+            faults.append("group_by_length: the rows of a stream can't be sorted; leave it or streaming out")
+        return faults + super().faults()
 
     def processor_source(self) -> str:
         """What to load the tokenizer from."""
@@ -263,31 +269,62 @@ class TextData(TableData):
                 arguments of what it maps. It returns `CUT`, a bool per row, beside what the model is given.
             **arguments: given to `function` by name.
         """
-        parts = {"batched": True, "remove_columns": list(head(table).column_names), "fn_kwargs": arguments}
-        if self.streaming and split == "train":
-            self._count_cut(head(table).map(function, **parts), split, " of its head")
-            return table.map(function, **parts).remove_columns(CUT)
+        if is_stream(table):
+            self.encoded(head(table), split, function, **arguments)
+            return self.streamed(table, function, **arguments)
         workers = self.num_workers if len(table) > HEAD * self.num_workers else 0
+        parts = {"batched": True, "remove_columns": list(table.column_names), "fn_kwargs": arguments}
         mapped = table.map(function, desc=f"Tokenizing {split}", num_proc=workers or None, **parts)
-        self._count_cut(mapped, split)
-        return mapped.remove_columns(CUT)
+        if len(mapped) == 0:
+            raise PEFTError(f"path: the {split} data has no row that anything can be learned from")
+        self.count_cut(mapped, split)
+        return mapped.remove_columns(list(self.markers))
 
-    def _count_cut(self, mapped: Dataset, split: str, part: str = "") -> None:
-        cut = self.cut_rows[split] = sum(mapped[CUT][:])
+    def streamed(self, table: Any, function: Callable[..., dict[str, list[Any]]], **arguments: Any) -> Stream:
+        """A stream with `function` mapped over its batches as they are read; the arguments are those of `encoded`."""
+        columns = list(head(table).column_names)
+        mapped = Stream(table).map(function, batched=True, remove_columns=columns, fn_kwargs=arguments)
+        return mapped.map(None, batched=True, remove_columns=list(self.markers))
+
+    def count_cut(self, mapped: Dataset, split: str) -> None:
+        """Count and report the rows that are marked as cut."""
+        self.cut_rows[split] = self.report_cut(mapped, CUT, split, "rows", f"max_length={self.max_length}")
+
+    def report_cut(self, mapped: Dataset, marker: str, split: str, things: str, limit: str) -> int:
+        """How many rows the column `marker` marks; says how many `things` are longer than `limit` allows."""
+        cut: int = sum(mapped[marker][:])
+        part = self.part(split)
         if cut:
             rank_zero_info(
-                f"{split}: {cut:,} of {len(mapped):,} rows{part} ({cut / len(mapped):.1%}) are longer than "
-                f"max_length={self.max_length} tokens and were cut"
+                f"{split}: {cut:,} of {len(mapped):,} {things}{part} ({cut / len(mapped):.1%}) are longer than "
+                f"{limit} tokens and were cut"
             )
+        return cut
+
+    def part(self, split: str) -> str:
+        """What a message about a split adds where only the first rows were looked at."""
+        return " of its head" if self.streaming and split == "train" else ""
+
+
+def is_stream(table: Any) -> bool:
+    """Whether a table is read as it is needed."""
+    from datasets import IterableDataset
+
+    return isinstance(table, IterableDataset)
 
 
 def head(table: Any) -> Dataset:
     """A table itself; of a stream its first rows, as a table."""
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
 
-    if not isinstance(table, IterableDataset):
+    if not is_stream(table):
         return table
-    return Dataset.from_list(list(table.take(HEAD)), features=table.features)
+    try:
+        return Dataset.from_list(list(table.take(HEAD)), features=table.features)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, PEFTError):
+            raise
+        raise PEFTError(f"path: the first {HEAD:,} rows don't go into one table: {error}") from error
 
 
 def _raise(faults: list[str]) -> None:

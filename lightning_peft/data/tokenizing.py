@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 
 from lightning_peft.interchange.locations import resolve
 from lightning_peft.methods.errors import PEFTError, suggestion
@@ -36,8 +37,10 @@ def source_of(field: str, given: str | None, trainer: L.Trainer | None) -> str:
     )
 
 
-def load_tokenizer(source: str, max_length: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, max_length: int, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer at `source` (a hub id, a folder or `package:NAME/folder`), with a padding token.
+
+    `options` are passed on to `from_pretrained`.
 
     Raises:
         PEFTError: there is none, or its model reads fewer than `max_length` tokens.
@@ -45,7 +48,7 @@ def load_tokenizer(source: str, max_length: int) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(source, "tokenizer"))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(source, "tokenizer"), **options)
     except (OSError, ValueError) as error:
         if isinstance(error, PEFTError):
             raise
@@ -100,3 +103,13 @@ def text_faults(table: Dataset, column: str, split: str, field: str) -> list[str
     missing = sum(batch[column].null_count for batch in arrow.iter(batch_size=10_000))
     told = f"{field}: {missing:,} of {len(table):,} rows of the {split} data have no {column!r}"
     return [told] if missing else []
+
+
+def padded(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
+    """Rows as one int64 tensor of shape (rows, length of the longest), filled up with `value` on the right or left."""
+    longest = max(len(row) for row in rows)
+    tensor = torch.full((len(rows), longest), value, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        if row:
+            tensor[place, longest - len(row) if left else 0 :][: len(row)] = torch.as_tensor(row)
+    return tensor

@@ -43,7 +43,7 @@ def resolve(source: str, field: str) -> str:
     if path.exists():
         return str(path)
     looks_like_path = source.startswith((".", "/", "~")) or path.is_absolute() or source.count("/") > 1
-    if looks_like_path or path.suffix.lower() in {".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet"}:
+    if looks_like_path or path.suffix.lower() in {".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".arrow"}:
         raise PEFTError(f"{field}: there is no file or folder {source!r}{_siblings(path)}")
     return source
 

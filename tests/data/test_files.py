@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
+from lightning_peft.data import files
 from lightning_peft.data.files import load_file, load_table
 from lightning_peft.methods.errors import PEFTError
 
@@ -13,24 +17,172 @@ ROWS = [{"text": f"row {number}, with a comma", "label": number % 2} for number 
 Write = Callable[..., str]
 
 
-def fault(source: str) -> str:
+def fault(source: str, streaming: bool = False) -> str:
     with pytest.raises(PEFTError) as caught:
-        load_table(source)
+        load_table(source, streaming=streaming)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl", "a.parquet"])
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams of JSONL files in shards of 100 bytes."""
+    monkeypatch.setattr(files, "PART", 100)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.parquet", "a.arrow", "[a]*.jsonl"])
 def test_every_format_gives_the_same_rows_without_the_network(
-    name: str, write: Write, monkeypatch: pytest.MonkeyPatch
+    name: str, streaming: bool, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    tables = load_table(write(name, ROWS))
+    path = tmp_path / name
+    if path.suffix == ".tsv":
+        path.write_text("text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in ROWS))
+    elif path.suffix == ".arrow":
+        write_arrow(path)
+    else:
+        write(name, ROWS)
+    tables = load_table(str(path), streaming=streaming)
     assert list(tables) == ["train"]
-    assert tables["train"].to_list() == ROWS
+    assert list(tables["train"]) == ROWS
+
+
+def write_arrow(path: Path) -> None:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_file_is_one_document(streaming: bool, tmp_path: Path) -> None:
+    (tmp_path / "train-1.txt").write_text("one\ntwo\n\nthree\n")
+    (tmp_path / "train-2.txt").write_text("four")
+    tables = load_table(str(tmp_path), streaming=streaming)
+    assert list(tables["train"]) == [{"text": "one\ntwo\n\nthree\n"}, {"text": "four"}]
+
+
+def test_rows_with_differing_keys_have_null_where_one_is_missing(tmp_path: Path) -> None:
+    few = write_lines(tmp_path / "few.jsonl", [{"a": "x"}, {"a": "y", "b": "z"}, {"b": "w"}])
+    assert load_file(few, "path").to_list() == [{"a": "x", "b": None}, {"a": "y", "b": "z"}, {"a": None, "b": "w"}]
+    # what comes after the first 10 MB is not looked at by datasets
+    late = write_lines(
+        tmp_path / "late.jsonl",
+        [{"a": [{"r": "x" * 1000}], "n": 1}] * 11_000 + [{"a": [{"r": "y", "s": "z"}], "b": 2.5}],
+    )
+    table = load_file(late, "path")
+    assert (len(table), table[0]["b"], table[-1]) == (11_001, None, {"a": [{"r": "y", "s": "z"}], "n": None, "b": 2.5})
+
+
+def test_a_stream_has_the_columns_of_its_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "HEAD", 2)
+    path = write_lines(tmp_path / "a.jsonl", [{"a": 1}, {"b": 2}, {"c": 3, "a": 4}])
+    assert list(load_table(path, streaming=True)["train"]) == [
+        {"a": 1, "b": None},
+        {"a": None, "b": 2},
+        {"a": 4, "b": None},
+    ]
+
+
+@pytest.mark.parametrize("lines", [1, 7, 40])
+def test_shards_of_a_jsonl_file_hold_each_row_once(lines: int, tmp_path: Path, small_parts: None) -> None:
+    rows = [{"n": number, "text": "é" * (number * 7 % 60)} for number in range(lines)]
+    path = tmp_path / "a.jsonl"
+    # a byte-order mark, blank lines, and no line break at the end
+    path.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    stream = load_table(str(path), streaming=True)["train"]
+    assert stream.num_shards == -(-path.stat().st_size // 100)
+    assert list(stream) == rows
+    batches = DataLoader(stream, batch_size=None, num_workers=2)
+    assert sorted(row["n"] for row in batches) == list(range(lines))
+
+
+def test_only_training_rows_are_streamed(write: Write, tmp_path: Path) -> None:
+    write("data/train.jsonl", ROWS)
+    write("data/test.csv", ROWS[:3])
+    tables = load_table(str(tmp_path / "data"), streaming=True)
+    assert list(tables["train"]) == ROWS
+    assert tables["test"].to_list() == ROWS[:3]
+
+
+def test_hub_datasets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> Any:
+        asked.append((arguments, options))
+        return datasets.IterableDatasetDict(
+            {split: datasets.Dataset.from_list(ROWS).to_iterable_dataset() for split in ("train", "valid", "other")}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    tables = load_table("org/name:config", streaming=True)
+    assert asked == [(("org/name", "config"), {"streaming": True})]
+    assert isinstance(tables["train"], datasets.IterableDataset)
+    assert sorted(tables) == ["train", "validation"]
+    assert tables["validation"].to_list() == ROWS
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_malformed_line_is_told_while_a_stream_runs(workers: int, tmp_path: Path, small_parts: None) -> None:
+    path = tmp_path / "a.jsonl"
+    good = [f"{json.dumps({'n': number})}\n" for number in range(2000)]
+    path.write_text("".join([*good[:1500], '{"n": \n', *good[1500:]]))
+    stream = load_table(str(path), streaming=True)["train"]
+    with pytest.raises(PEFTError, match=r"a\.jsonl, line 1501: not JSON: Expecting value at character 6"):
+        list(DataLoader(stream, batch_size=None, num_workers=workers))
+
+
+def test_malformed_start_of_a_stream_is_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 1}\n[2]\n')
+    assert fault(str(path), streaming=True) == f"path: {path}, line 2: a row is an object, not list"
+    path.write_bytes(b'{"n": "\xff"}\n')
+    assert fault(str(path), streaming=True) == f"path: {path}, line 1: not UTF-8: invalid start byte at byte 8"
+    path.write_bytes(b"\n\n")
+    assert fault(str(path), streaming=True) == f"path: '{path}' has no rows"
+    path.write_bytes(b"")
+    assert fault(str(path), streaming=True) == f"path: '{path}' is empty"
+    listed = tmp_path / "a.json"
+    listed.write_text('[{"n": 1}, 2]')
+    assert fault(str(listed), streaming=True) == f"path: {listed}, row 2: a row is an object, not int"
+    listed.write_text('[{"n": 1}, ')
+    assert fault(str(listed), streaming=True) == f"path: {listed}: Expecting value: line 1 column 12 (char 11)"
+
+
+def test_malformed_csv_row_is_told_while_a_stream_runs(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "a\n" * 30_000 + "b,c,d\n")
+    stream = load_table(str(path), streaming=True)["train"]
+    with pytest.raises(PEFTError) as caught:
+        list(stream)
+    assert str(caught.value) == (
+        f"path: '{path}' can't be read as CSV: Error tokenizing data. C error: Expected 1 fields in line 30002, saw 3"
+    )
+
+
+def test_a_column_of_text_stays_one_where_a_later_part_of_a_csv_file_looks_like_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,more\n" + "a,\n" * 20_000 + "3,4\n" * 20_000)
+    rows = list(load_table(str(path), streaming=True)["train"])
+    assert (rows[0], rows[-1]) == ({"text": "a", "more": None}, {"text": "3", "more": "4"})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_of_both_kinds_are_one_column(streaming: bool, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"n": 1}, {"n": 1.5}])
+    assert [row["n"] for row in load_table(path, streaming=streaming)["train"]] == [1, 1.5]
 
 
 def test_folder_gives_its_splits_from_one_or_more_files(write: Write, tmp_path: Path) -> None:
@@ -78,8 +230,8 @@ def test_empty_files(tmp_path: Path) -> None:
 def test_unknown_suffix(tmp_path: Path) -> None:
     path = tmp_path / "a.xlsx"
     path.write_bytes(b"PK")
-    assert (
-        fault(str(path)) == f"path: '{path}' has the unknown suffix '.xlsx'; use one of .csv, .json, .jsonl, .parquet"
+    assert fault(str(path)) == (
+        f"path: '{path}' has the unknown suffix '.xlsx'; use one of .csv, .tsv, .json, .jsonl, .parquet, .arrow, .txt"
     )
 
 

@@ -164,7 +164,9 @@ def test_columns_of_the_wrong_kind(write: Write, tokenizer_folder: str) -> None:
 
 def test_labels_that_training_does_not_have(write: Write, tokenizer_folder: str) -> None:
     other = write("other.csv", [{"text": "a", "label": "godo"}] * 2 + [{"text": "b", "label": "xyz"}])
-    data = TextClassificationData(write("a.csv", ROWS), validation_path=other, test_path=other, tokenizer=tokenizer_folder)
+    data = TextClassificationData(
+        write("a.csv", ROWS), validation_path=other, test_path=other, tokenizer=tokenizer_folder
+    )
     told = [
         "the label 'godo' (2 rows) does not occur in training; did you mean 'good'?",
         "the label 'xyz' (1 row) does not occur in training; its classes are 'bad', 'fine', 'good'",
