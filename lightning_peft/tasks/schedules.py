@@ -12,13 +12,17 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+LEARNING_RATE = 1e-4
+"""AdamW's where nothing says another."""
+
 
 def warmup_cosine(optimizer: Optimizer, total_steps: float, warmup_ratio: float) -> LambdaLR:
     """The rate goes up in a line over the first `warmup_ratio` of the steps and down to 0 along a half cosine.
 
-    With `total_steps` infinite, where nothing says when training ends, the rate stays as it is.
+    Where nothing says when training ends the rate stays as it is: with `total_steps` infinite or -1, which a Trainer
+    without `max_steps` says of a stream.
     """
-    if math.isinf(total_steps):
+    if math.isinf(total_steps) or total_steps < 0:
         return LambdaLR(optimizer, lambda step: 1.0)
     warmup = warmup_ratio * total_steps
 
@@ -43,10 +47,11 @@ def configure(
         optimizer: makes the optimizer from parameters; by default AdamW.
         lr_scheduler: makes a schedule from the optimizer, to be stepped once an epoch, with its `monitor` where it has
             one; by default `warmup_cosine`, stepped at each optimizer step.
-        rates: `learning_rate` and `weight_decay` of AdamW, and `warmup_ratio`.
+        rates: `learning_rate` (None is `LEARNING_RATE`) and `weight_decay` of AdamW, and `warmup_ratio`.
     """
     if optimizer is None:
-        made: Optimizer = AdamW(module.parameters(), lr=rates["learning_rate"], weight_decay=rates["weight_decay"])
+        rate = LEARNING_RATE if rates["learning_rate"] is None else rates["learning_rate"]
+        made: Optimizer = AdamW(module.parameters(), lr=rate, weight_decay=rates["weight_decay"])
     else:
         made = optimizer(module.parameters())
     if lr_scheduler is None:

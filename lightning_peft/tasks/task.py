@@ -37,7 +37,7 @@ class Task(L.LightningModule, ABC):
 
     Args:
         model: a hub id, a folder, `package:NAME/folder` in an installed Python package, or a module.
-        learning_rate: AdamW's, at its highest.
+        learning_rate: AdamW's, at its highest; by default what a configuration's method advises, else 1e-4.
         weight_decay: AdamW's.
         warmup_ratio: the part of all optimizer steps over which the rate rises, before it falls along a cosine.
         optimizer: another optimizer, in place of AdamW with these values.
@@ -55,7 +55,7 @@ class Task(L.LightningModule, ABC):
     def __init__(
         self,
         model: str | torch.nn.Module,
-        learning_rate: float = 1e-4,
+        learning_rate: float | None = None,
         weight_decay: float = 0.01,
         warmup_ratio: float = 0.06,
         optimizer: OptimizerCallable | None = None,
@@ -84,7 +84,7 @@ class Task(L.LightningModule, ABC):
             options["trust_remote_code"] = self.hparams["trust_remote_code"]
             self.model = load_pretrained(self.auto_class, self.hparams["model"], **options)
         if self.metrics is None:
-            made = {stage: {"loss": MeanMetric(), **self.make_metrics()} for stage in ("val", "test")}
+            made = {stage: {"loss": MeanMetric(float("nan")), **self.make_metrics()} for stage in ("val", "test")}
             self.metrics = torch.nn.ModuleDict({stage: torch.nn.ModuleDict(made[stage]) for stage in made})
         check_length(self.model, self.data)
 
@@ -136,14 +136,14 @@ class Task(L.LightningModule, ABC):
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         outcome = self.outcome(batch)
-        # a MeanMetric and no logged number: Lightning's mean over devices rounds the rows of each down to an integer
+        # a metric, since Lightning's mean over devices rounds their rows down to integers; it lets NaN be seen
         self.metrics[stage]["loss"].update(outcome.loss, outcome.count)
         self.update(self.metrics[stage], batch, outcome)
 
     def _log_metrics(self, stage: str) -> None:
         for name, metric in self.metrics[stage].items():
             if metric.update_called:
-                value = metric.compute()
-                values = value if isinstance(value, dict) else {name: value}
+                values = value if isinstance(value := metric.compute(), dict) else {name: value}
                 self.log_dict({f"{stage}_{key}": number for key, number in values.items()}, prog_bar=True)
-            metric.reset()
+            with torch.inference_mode(False):  # a later `fit` could not update a state that `validate` made in it
+                metric.reset()
