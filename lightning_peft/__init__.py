@@ -13,13 +13,13 @@ if TYPE_CHECKING:
         set_adapter,
         trainable_parameters,
     )
-    from lightning_peft.interchange import export_adapter, import_adapter, merge, unmerge
+    from lightning_peft.interchange import export_adapter, import_adapter, merge, save_merged, unmerge
     from lightning_peft.methods import METHODS, Method, PEFTError
 
 _HOMES = {
     "callback": ("PEFT", "load_from_checkpoint"),
     "injection": ("adapter_per_row", "disable_adapters", "inject", "remove", "set_adapter", "trainable_parameters"),
-    "interchange": ("export_adapter", "import_adapter", "merge", "unmerge"),
+    "interchange": ("export_adapter", "import_adapter", "merge", "save_merged", "unmerge"),
     "methods": ("METHODS", "Method", "PEFTError"),
 }
 """Where each public name is found once it is asked for: `lightning-peft --help` needs neither torch nor Lightning."""
@@ -38,6 +38,7 @@ __all__ = [
     "load_from_checkpoint",
     "merge",
     "remove",
+    "save_merged",
     "set_adapter",
     "trainable_parameters",
     "unmerge",

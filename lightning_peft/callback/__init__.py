@@ -98,19 +98,37 @@ def load_from_checkpoint(
             loaded.
     """
     checkpoint = read_checkpoint(path, map_location)
-    spec = spec_of(checkpoint, str(path))
-    method = method_of(spec)
+    method_of(spec_of(checkpoint, str(path)))
     with warnings.catch_warnings():
         # the module is built by Lightning's own rules; that it finds no frozen tensor in the file is as it should be
         warnings.filterwarnings("ignore", message="Found keys that are")
         module = cls.load_from_checkpoint(path, map_location=map_location, strict=False, weights_only=True, **kwargs)
+    load_adapter(module, checkpoint, str(path), allow_other_base=allow_other_base)
+    return module
+
+
+def load_adapter(
+    module: pl.LightningModule, checkpoint: dict[str, Any], source: str, *, allow_other_base: bool = False
+) -> None:
+    """Stand the adapter of an adapter-only checkpoint on `module`, whose model is configured then.
+
+    Args:
+        module: a module on which no adapter stands.
+        checkpoint: what was read, of which what concerns nobody else is taken out.
+        source: where it was read from, for the messages.
+        allow_other_base: load also onto another base than the adapter was trained on.
+
+    Raises:
+        PEFTError: the checkpoint holds no adapter, or it does not fit the module; nothing is half loaded.
+    """
+    spec = spec_of(checkpoint, source)
+    method = method_of(spec)
     plan = Plan(method, spec["adapter_name"], list(spec["modules_to_save"]), allow_other_base)
     adapt(module, plan, kind_for(method))
     assert isinstance(module, AdaptedModule)
     module.configure_model()
     module.check_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    return module
 
 
-__all__ = ["PEFT", "AdaptedModule", "load_from_checkpoint"]
+__all__ = ["PEFT", "AdaptedModule", "load_adapter", "load_from_checkpoint"]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lightning_peft.callback.optimizers import keep_trainable
 from lightning_peft.injection import inject, method_adapters, records, trainable_parameters
-from lightning_peft.methods._host import Swapped, swap
+from lightning_peft.methods._host import Adapter, Host, Swapped, swap
+from lightning_peft.methods._targets import base_modules
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import (
@@ -100,8 +101,10 @@ class AdaptedModule(Swapped, LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The module's own, with only what trains left in its optimizers."""
-        configured = self._own_hook("configure_optimizers")()
         plan = self._peft_plan
+        for adapter in method_adapters(self, plan.adapter_name).values():
+            adapter.before_training()
+        configured = self._own_hook("configure_optimizers")()
         factors = plan.method.learning_rate_factors(method_adapters(self, plan.adapter_name))
         keep_trainable(configured, trainable_parameters(self), factors)
         return configured
@@ -171,7 +174,8 @@ class AdaptedModule(Swapped, LightningModule):
         plan = self._peft_plan
         assert plan.spec is not None
         faults = spec_faults(plan.spec, spec, plan.allow_other_base) if spec else []
-        faults += tensor_faults(adapter_tensors(self, plan.adapter_name), state, base_keys(self))
+        awaited, wrong = _awaited(self, plan.adapter_name, state)
+        faults += wrong + tensor_faults(awaited, state, base_keys(self))
         if faults:
             raise PEFTError([f"checkpoint: {fault}" for fault in faults])
 
@@ -228,6 +232,25 @@ def wake(module: nn.Module) -> None:
         return
     for child in module.children():
         wake(child)
+
+
+def _awaited(model: nn.Module, adapter_name: str, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """The adapter's tensors by key, with the shapes that they would take for `state`, and what it holds that none can
+    have."""
+    awaited: dict[str, Tensor] = {}
+    faults = []
+    for path, module in base_modules(model):
+        if not isinstance(module, Host) or adapter_name not in module.adapters:
+            continue
+        prefix = ".".join(filter(None, (path, "adapters", adapter_name))) + "."
+        given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        try:
+            own = cast(Adapter, module.adapters[adapter_name]).awaits(given)
+            awaited |= {f"{prefix}{key}": tensor for key, tensor in own.items()}
+        except PEFTError as error:
+            faults += [f"{prefix}{fault}" for fault in error.faults]
+            awaited |= {key: value for key, value in state.items() if key.startswith(prefix)}
+    return awaited, faults
 
 
 def _moved(buffers: Mapping[str, Tensor], at_start: Mapping[str, tuple[bytes, int]]) -> set[str]:

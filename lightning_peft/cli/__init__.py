@@ -15,6 +15,13 @@ RUNS = {
     "inspect": "show what would be trained, module by module, without training",
 }
 """The verbs that take a configuration, with a line each."""
+INTERCHANGE = {
+    "export": "write a checkpoint's adapter as a directory that HF peft loads",
+    "import": "make a checkpoint of an adapter in HF peft's format",
+    "merge": "write a model of its own, the adapter folded into its weights",
+    "push": "upload an exported adapter or a merged model to the hub",
+}
+"""The verbs between checkpoints and the formats of others."""
 LISTS = {
     "methods": "list the methods with their fields and defaults; 'methods LoRA' says all about one",
     "env": "show versions, devices, cores and memory",
@@ -57,10 +64,14 @@ def _run(words: list[str]) -> int:
         from lightning_peft.cli.env import show_environment
 
         return show_environment(rest)
+    if verb in INTERCHANGE:
+        from lightning_peft.cli.interchange import run_interchange
+
+        return run_interchange(verb, rest)
     if verb not in RUNS and not (verb.startswith("-") and set(rest) & set(RUNS)):
         from lightning_peft.methods.errors import PEFTError, suggestion
 
-        verbs = [*RUNS, *LISTS]
+        verbs = [*RUNS, *LISTS, *INTERCHANGE]
         raise PEFTError(f"there is no verb {verb!r}{suggestion(verb, verbs)} The verbs: {', '.join(verbs)}")
     from lightning_peft.cli.app import run
 
@@ -68,7 +79,7 @@ def _run(words: list[str]) -> int:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {verb:<10}{line}" for verb, line in {**RUNS, **LISTS}.items())
+    verbs = "\n".join(f"  {verb:<10}{line}" for verb, line in {**RUNS, **LISTS, **INTERCHANGE}.items())
     return f"""\
 Parameter-efficient fine-tuning of any LightningModule.
 
@@ -81,6 +92,7 @@ verbs:
   lightning-peft fit --config base.yaml --config mine.yaml --peft.method DoRA --peft.method.r 16
   lightning-peft fit --config base.yaml --print_config > whole.yaml
   lightning-peft fit --help            every option; --model.help CLASS for those of one class
+  lightning-peft export best.ckpt adapter
   lightning-peft --version
 
 A configuration has the sections model, data, trainer and peft; without peft it is full fine-tuning."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import lightning_peft.data
 import lightning_peft.tasks  # noqa: F401
 from lightning_peft.callback import PEFT
 from lightning_peft.cli import RUNS
+from lightning_peft.cli.classes import find_class
 from lightning_peft.cli.closing import interruption, print_closing
 from lightning_peft.cli.faults import find_faults, method_fault, value_faults
 from lightning_peft.cli.inspect import InspectingTrainer
@@ -27,6 +28,7 @@ from lightning_peft.cli.reporting import Interrupted
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import read_checkpoint
+from lightning_peft.tracking import PredictionFile
 
 
 def run(words: list[str]) -> int:
@@ -39,6 +41,21 @@ def run(words: list[str]) -> int:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     PEFTCLI(words)
     return 0
+
+
+def build_model(words: list[str], known: Mapping[str, Any]) -> pl.LightningModule:
+    """The model that a configuration's section `model` describes, as `fit` makes it, and nothing else of it.
+
+    Args:
+        words: `--config FILE` and `--model…` options.
+        known: values for arguments that the section leaves at None, such as a checkpoint's hyper-parameters.
+
+    Raises:
+        PEFTError: with all that is wrong with the configuration.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    model: pl.LightningModule = ModelCLI(["fit", *words], known).model
+    return model
 
 
 class KeepConfigCallback(SaveConfigCallback):
@@ -107,15 +124,19 @@ class PEFTCLI(LightningCLI):
             faults += method_fault(self._options())
         if faults:
             raise PEFTError(list(dict.fromkeys(faults)))
+        self._advise_rate()
+
+    def _advise_rate(self) -> None:
+        """Give a model that takes a learning rate, and is given none, the one that suits the method."""
+        section = self.config[self.verb]
+        arguments, method = section.model.get("init_args"), (section.peft or {}).get("method")
+        if method and arguments is not None and "learning_rate" in arguments and arguments["learning_rate"] is None:
+            cls = find_class(method.class_path, [Method]).cls
+            arguments["learning_rate"] = getattr(cls, "learning_rate", None)
 
     def instantiate_classes(self) -> None:
         """As LightningCLI does, by the parser's current function."""
-        try:
-            self.config_init = self.parser.instantiate(self.config)
-        except ValueError as error:
-            # the parser wraps what a constructor raises, and so its kind would be lost
-            cause = next((cause for cause in _causes(error) if isinstance(cause, (PEFTError, ImportError))), error)
-            raise cause from cause.__cause__
+        self.config_init = self._instantiate(self.config)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self._add_configure_optimizers_method_to_model(self.subcommand)
@@ -143,6 +164,23 @@ class PEFTCLI(LightningCLI):
         class_path = self._get(self.config, "model").class_path
         rank_zero_only(print_closing)(self.trainer, class_path, self.words)
 
+    def predict(self, **kwargs: Any) -> None:
+        """Write predictions into a file, and say where it is; it is the callback's that the Trainer may have."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        writers = [callback for callback in callbacks if isinstance(callback, PredictionFile)] or [PredictionFile()]
+        callbacks += [writer for writer in writers if writer not in callbacks]
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
+        for writer in writers:
+            rank_zero_only(_print_predictions)(writer.file(self.trainer))
+
+    def _instantiate(self, config: Any) -> Any:
+        try:
+            return self.parser.instantiate(config)
+        except ValueError as error:
+            # the parser wraps what a constructor raises, and so its kind would be lost
+            cause = next((cause for cause in _causes(error) if isinstance(cause, (PEFTError, ImportError))), error)
+            raise cause from cause.__cause__
+
     def _options(self) -> list[str]:
         position = self.words.index(self.verb)
         return [*self.words[:position], *self.words[position + 1 :]]
@@ -164,6 +202,37 @@ class PEFTCLI(LightningCLI):
         if path and path not in ("best", "last", "hpc") and ":" not in str(path) and not Path(path).is_dir():
             # without the tensors: a bad file is told before data is prepared
             read_checkpoint(path, "meta", options.get("weights_only") is not False)
+
+
+def _print_predictions(file: Path) -> None:
+    with file.open(encoding="utf-8") as lines:
+        print(f"Predictions  {file} ({sum(1 for _ in lines):,} rows)")
+
+
+class ModelCLI(PEFTCLI):
+    """Makes the model of a configuration, and neither data nor Trainer.
+
+    Args:
+        words: `fit` and what comes after it.
+        known: values for the model's arguments that the configuration leaves at None.
+    """
+
+    def __init__(self, words: list[str], known: Mapping[str, Any]) -> None:
+        self.known = known
+        super().__init__(words)
+
+    def instantiate_classes(self) -> None:
+        """The model alone."""
+        arguments = self.config[self.verb].model.get("init_args") or {}
+        for name, value in self.known.items():
+            if name in arguments and arguments[name] is None:
+                arguments[name] = value
+        config = self.config.clone()
+        for name in set(config[self.verb].as_dict()) - {"model"}:
+            config[self.verb][name] = None
+        self.model = self._get(self._instantiate(config), "model")
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

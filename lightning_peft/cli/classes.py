@@ -57,7 +57,7 @@ def find_class(name: str, bases: Sequence[type]) -> Found:
         if name in known:
             return Found(known[name], None)
         close = nearest(name, known)
-        some = f"; there are {', '.join(sorted(known))}; any other" if 0 < len(known) <= 10 else "; one of your own"
+        some = f"; there are {', '.join(sorted(known))}; any other" if 0 < len(known) <= 20 else "; one of your own"
         hint = suggestion(name, known) or f"{some} is given by its whole path, such as my_file.{name}"
         return Found(known[close[0]] if close else None, f"there is no {what} called {name!r}{hint}")
     module_name, _, attribute = name.rpartition(".")

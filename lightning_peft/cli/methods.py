@@ -29,6 +29,7 @@ def show_methods(words: Sequence[str]) -> int:
             console.print(_summary(cls), highlight=False, markup=False)
             fields = ", ".join(f"{field.name}={_default(field)}" for field in _fields(cls))
             console.print(f"    {fields}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"    learning rate to start from: {cls.learning_rate:g}", highlight=False)
         console.print("\nAll about one: lightning-peft methods LoRA", highlight=False)
     for word in words:
         _show(console, METHODS[word])
@@ -53,6 +54,7 @@ def _show(console: Console, cls: type[Method]) -> None:
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
         table.add_row(field.name, kind, _default(field), documented.get(field.name, ""))
     console.print(table, markup=False)
+    console.print(f"Learning rate to start from: {cls.learning_rate:g}", highlight=False)
     console.print(f"peft: {{method: {{class_path: {cls.__name__}, init_args: {{…}}}}}}", highlight=False, markup=False)
 
 

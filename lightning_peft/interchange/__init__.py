@@ -2,5 +2,6 @@
 
 from lightning_peft.interchange.hf_peft import export_adapter, import_adapter
 from lightning_peft.interchange.merging import merge, unmerge
+from lightning_peft.interchange.standalone import save_merged
 
-__all__ = ["export_adapter", "import_adapter", "merge", "unmerge"]
+__all__ = ["export_adapter", "import_adapter", "merge", "save_merged", "unmerge"]

@@ -25,8 +25,10 @@ class PEFTError(ValueError):
 
 
 def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
-    """Up to `limit` of `candidates` closest to `name`, best first, ignoring case; empty where none is close."""
+    """Up to `limit` of `candidates` closest to `name`, best first; one that differs in case alone; empty where none is close."""
     by_key = {candidate.lower(): candidate for candidate in candidates}
+    if name.lower() in by_key:
+        return [by_key[name.lower()]]
     matches = difflib.get_close_matches(name.lower(), by_key, n=limit, cutoff=0.5)
     contained = [key for key in by_key if name and (name.lower() in key or key in name.lower())]
     return [by_key[key] for key in dict.fromkeys([*matches, *contained])][:limit]

@@ -22,7 +22,7 @@ def test_four_faults_in_four_sections(command: Command, folder: Path) -> None:
     assert (code, out) == (2, "")
     assert err == (
         "lightning-peft: 4 faults\n"
-        "  bad.yaml:1: peft.method: there is no Method called 'LORA'; did you mean 'LoRA' or 'DoRA'?\n"
+        "  bad.yaml:1: peft.method: there is no Method called 'LORA'; did you mean 'LoRA'?\n"
         "  bad.yaml:1: peft.method.init_args.rr: LoRA has no 'rr'; did you mean 'r' or 'rslora'?\n"
         "  bad.yaml:2: trainer.max_epoch: Trainer has no 'max_epoch'; did you mean 'max_epochs' or 'min_epochs' or "
         "'max_steps'?\n"
@@ -34,7 +34,8 @@ FIT = ["fit", "--config", "lora.yaml"]
 FAULTS = {
     "no verb": (
         ["fti"],
-        "there is no verb 'fti'; did you mean 'fit'? The verbs: fit, validate, test, predict, inspect, methods, env",
+        "there is no verb 'fti'; did you mean 'fit'? The verbs: fit, validate, test, predict, inspect, methods, env, "
+        "export, import, merge, push",
     ),
     "no file": (
         ["fit", "--config", "loar.yaml"],
@@ -54,7 +55,7 @@ FAULTS = {
     ),
     "method": (
         [*FIT, "--peft.method", "Dora_"],
-        "command line: peft.method: there is no Method called 'Dora_'; did you mean 'DoRA' or 'LoRA'?",
+        "command line: peft.method: there is no Method called 'Dora_'; did you mean 'DoRA' or 'LoRA' or 'AdaLoRA'?",
     ),
     "method's field": (
         [*FIT, "--peft.method.alhpa=3"],
@@ -126,7 +127,8 @@ def test_a_class_that_is_like_no_other(command: Command) -> None:
     assert err.startswith(
         "lightning-peft: command line: data: there is no LightningDataModule called 'Qqq'; there are "
     )
-    assert "DocstringData, TextClassificationData" in err
+    assert "DocstringData" in err
+    assert "TextClassificationData, TokenClassificationData" in err
     assert err.endswith("; any other is given by its whole path, such as my_file.Qqq\n")
 
 

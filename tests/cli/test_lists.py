@@ -50,8 +50,8 @@ def test_methods_names_the_nearest(command: Command) -> None:
     assert (code, out) == (2, "")
     assert err == (
         "lightning-peft: 2 faults\n"
-        "  there is no method 'LORA'; did you mean 'LoRA' or 'DoRA'?\n"
-        "  there is no method 'DRoA'; did you mean 'DoRA' or 'LoRA'?\n"
+        "  there is no method 'LORA'; did you mean 'LoRA'?\n"
+        "  there is no method 'DRoA'; did you mean 'DoRA' or 'LoRA' or 'AdaLoRA'?\n"
     )
 
 

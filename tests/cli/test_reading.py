@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_peft.cli.app import PEFTCLI
 from lightning_peft.cli.reading import COMMAND_LINE, Name, merged, read_arguments, read_config
+from lightning_peft.methods import METHODS
 
 LAYERS = {
     "scalars": (["--trainer.max_epochs=3", "--trainer.max_epochs", "4"], {"trainer": {"max_epochs": 4}}),
@@ -131,3 +132,28 @@ def _holds(whole: Any, part: Any) -> bool:
     if isinstance(part, list) and part and isinstance(part[0], dict):
         return len(whole) == len(part) and all(map(_holds, whole, part))
     return bool(whole == part)
+
+
+
+class Parsed(PEFTCLI):
+    """Stops once the configuration is read."""
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("more", "rate"),
+    [
+        ([], METHODS["DoRA"].learning_rate),
+        (["--peft.method=BitFit"], METHODS["BitFit"].learning_rate),
+        (["--model.learning_rate=3e-4"], 3e-4),
+        (["--peft.method=null"], None),
+    ],
+)
+def test_a_model_without_a_learning_rate_gets_the_method_s(more: list[str], rate: float | None) -> None:
+    model = ["--model=SequenceClassification", "--model.model=some/model"]
+    data = ["--data=TextClassificationData", "--data.path=rows.jsonl"]
+    config = Parsed(["fit", *model, *data, "--peft.method=DoRA", *more]).config
+    assert config["fit"].model.init_args.learning_rate == rate
