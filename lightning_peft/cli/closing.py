@@ -37,7 +37,9 @@ def print_closing(trainer: pl.Trainer, class_path: str, words: Sequence[str]) ->
     if path is None:
         return
     module, _, name = _public(class_path).rpartition(".")
-    adapters = isinstance(trainer.lightning_module, AdaptedModule)
+    model = trainer.lightning_module
+    adapters = isinstance(model, AdaptedModule)
+    exports = isinstance(model, AdaptedModule) and bool(model._peft_plan.method.peft_defaults)
     load = f"load_from_checkpoint({name}, {str(path)!r})" if adapters else f"{name}.load_from_checkpoint({str(path)!r})"
     lines = [
         f"Checkpoint   {path} ({format_bytes(_size(path))}{', adapters alone' if adapters else ''})",
@@ -46,6 +48,7 @@ def print_closing(trainer: pl.Trainer, class_path: str, words: Sequence[str]) ->
         + ("from lightning_peft import load_from_checkpoint" if adapters else f"from {module} import {name}"),
         *([f"             from {module} import {name}"] if adapters else []),
         f"             model = {load}",
+        *([f"Export it    {_export(path, f'{module}.{name}')}"] if exports else []),
     ]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -95,6 +98,12 @@ def _command(verb: str, words: Sequence[str], path: Path) -> str:
         elif not word.startswith("--ckpt_path="):
             kept.append(word)
     return shlex.join(["lightning-peft", verb, *kept, "--ckpt_path", str(path)])
+
+
+def _export(path: Path, class_path: str) -> str:
+    # only classes of this package are looked up by the name that a checkpoint has
+    model = [] if class_path.startswith("lightning_peft.") else ["--model", class_path]
+    return shlex.join(["lightning-peft", "export", str(path), "adapter", *model])
 
 
 def _savers(trainer: pl.Trainer) -> list[ModelCheckpoint]:

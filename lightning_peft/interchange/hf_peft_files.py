@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lightning_peft.interchange.locations import resolve
@@ -118,13 +118,14 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         plain[key] = own.clone() if own.data_ptr() in seen else own
         seen.add(own.data_ptr())
     text = json.dumps(config, indent=2, sort_keys=True)
-    _written(folder / TENSORS, lambda file: save_file(plain, file, metadata={"format": "pt"}))
-    _written(folder / CONFIG, lambda file: file.write_text(text, encoding="utf-8"))
+    _write_bytes(folder / TENSORS, save(plain, metadata={"format": "pt"}))
+    _write_bytes(folder / CONFIG, text.encode())
 
 
-def _written(target: Path, write_to: Callable[[Path], Any]) -> None:
+def _write_bytes(target: Path, content: bytes) -> None:
     unfinished = target.with_name(f".{target.name}.part")
-    write_to(unfinished)
-    with unfinished.open("rb") as file:
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
     unfinished.replace(target)

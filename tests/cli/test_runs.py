@@ -27,18 +27,22 @@ def test_fit_trains_adapters_and_says_what_came_of_it(command: Command, folder: 
     assert ["val_accuracy", "0.7500", "0.2500"] in cells
     assert ["val_loss", "0.5000", ""] in cells
     size = f"{Path(CHECKPOINT).stat().st_size / 1000:.1f} kB"
-    assert out.splitlines()[-5:] == [
+    assert out.splitlines()[-6:] == [
         f"Checkpoint   {CHECKPOINT} ({size}, adapters alone)",
         f"Evaluate it  lightning-peft validate --config lora.yaml --ckpt_path {CHECKPOINT}",
         "Load it      from lightning_peft import load_from_checkpoint",
         "             from cli_toy import Toy",
         f"             model = load_from_checkpoint(Toy, '{CHECKPOINT}')",
+        f"Export it    lightning-peft export {CHECKPOINT} adapter --model cli_toy.Toy",
     ]
 
 
 def test_what_the_closing_says_to_do_works(command: Command, folder: Path) -> None:
     _, out, _ = command("fit", "--config", "lora.yaml")
     evaluate = next(line for line in out.splitlines() if line.startswith("Evaluate it"))
+    export = next(line for line in out.splitlines() if line.startswith("Export it"))
+    assert command(*export.split()[3:])[0] == 0
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     code, out, _ = command(*evaluate.split()[3:])
     assert code == 0, out
     assert re.search(r"val_accuracy\D+0\.75\b", out)

@@ -148,7 +148,7 @@ def test_unknown_fields_are_warned_of_once(tmp_path: Path) -> None:
         ({"rank_pattern": {"up": "2"}}, "rank_pattern: '2' for 'up' is no number"),
         ({"modules_to_save": "up"}, "modules_to_save: 'up' is no list of names"),
         ({"init_lora_weights": "magic"}, "init_lora_weights: 'magic' is not known here"),
-        ({"peft_type": "LORRA"}, "peft_type 'LORRA' has no method here; did you mean 'LORA'?"),
+        ({"peft_type": "LoRa"}, "peft_type 'LoRa' has no method here; did you mean 'LORA'?"),
         ({"peft_type": None}, "names no peft_type, so it does not say which method the adapter is"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern: '(' is not a regular expression"),
     ],
