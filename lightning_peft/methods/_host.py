@@ -7,7 +7,8 @@ for any class, and is pickled by naming the class that it stands on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, TypeVar, cast
 
@@ -38,16 +39,44 @@ class Adapter(nn.Module):
         """The value that the module sees under `name`, one of `overrides`; `frozen` is the base's tensor."""
         raise NotImplementedError
 
+    def forward_rows(
+        self, rows: Sequence[Adapter | None], base: Base, module: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The adapted output where row i of the batch goes through `rows[i]`, or through the bare base.
+
+        For adapters whose module can't be run on some of the rows alone; the others need not have it. It is called on
+        one of the module's adapters for all, if they are of one kind.
+        """
+        raise NotImplementedError
+
     def merged(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's tensors with this adapter folded in, by name, in the adapter's dtype (fp32)."""
         return {name: self.effective(module, name, own_tensors(module)[name]) for name in self.overrides}
+
+    def awaits(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's tensors by key, with the shapes that they would have to take over `given`.
+
+        For adapters whose tensors change their shapes in training, and take those of what they load.
+
+        Args:
+            given: what a file holds of this adapter, by key; values may have wrong types.
+
+        Raises:
+            PEFTError: `given` holds values that none can have.
+        """
+        return self.state_dict()
+
+    def before_training(self) -> None:
+        """Called before optimizers are built over the parameters: the last moment to give them other shapes."""
 
 
 class Swapped(nn.Module):
     """What is mixed in front of a module's own class; the pair is pickled by naming both."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: tuple[Any, ...] = super().__reduce_ex__(protocol)  # type: ignore[assignment]
+        # a recurrent layer collects its weights here, and what an adapter computes with a gradient can't be copied
+        with torch.no_grad():
+            reduced: tuple[Any, ...] = super().__reduce_ex__(protocol)  # type: ignore[assignment]
         _, (_, *args), *state = reduced
         return (_rebuild, (own_class(self), mixins(self), overridden(self), *args), *state)
 
@@ -152,7 +181,17 @@ def _swapped_class(cls: Any, mixed_in: tuple[type, ...], names: tuple[str, ...])
     # a parser which looks for a class among all subclasses finds the original alone
     place = f"_swapped_class.<locals>.{cls.__name__}"
     body |= {"__module__": cls.__module__, "__qualname__": place, "_swapped": (cls, mixed_in, names)}
-    return cast("type[nn.Module]", type(cls.__name__, (*mixed_in, cls), body))
+    swapped = cast("type[nn.Module]", type(cls.__name__, (*mixed_in, cls), body))
+    _record_outputs_of(cls, swapped)
+    return swapped
+
+
+def _record_outputs_of(cls: type, swapped: type[nn.Module]) -> None:
+    """transformers looks up by how a class prints which hidden states and attentions it can give; checked on 5.23."""
+    capturing: Any = sys.modules.get("transformers.utils.output_capturing")
+    outputs = getattr(cls, "_can_record_outputs", None)
+    if outputs is not None and hasattr(capturing, "_CAN_RECORD_REGISTRY"):
+        dict.__setitem__(capturing._CAN_RECORD_REGISTRY, str(swapped), outputs)
 
 
 def _effective_property(name: str) -> property:
@@ -259,6 +298,12 @@ def put(module: nn.Module, name: str, adapter: Adapter) -> None:
 
 def _forward_rows(host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rows = cast("tuple[str | None, ...]", host.row_adapters)
+    own = cast("list[Adapter]", [*host.adapters.values()])
+    kinds = {type(adapter).forward_rows for adapter in own}
+    if len(kinds) == 1 and kinds != {Adapter.forward_rows}:
+        base = super(Host, host).forward if host.own_forward is None else host.own_forward
+        named = [cast("Adapter | None", host._modules["adapters"]._modules.get(name or "")) for name in rows]  # type: ignore[union-attr]
+        return own[0].forward_rows(named, base, host, *args, **kwargs)
     batched = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
     if batched is None or batched.shape[0] != len(rows):
         raise PEFTError(

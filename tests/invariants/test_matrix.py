@@ -39,6 +39,8 @@ def test_outputs_at_the_start_are_the_base_s(subject: Subject):
     model = subject.base()
     before = subject.values(model)
     subject.put(model, moved=False)
+    if not subject.method.identity_at_start:
+        pytest.skip(f"{subject.method.__name__} starts elsewhere than at the base")
     torch.testing.assert_close(subject.values(model), before, atol=1e-6, rtol=0)
     torch.testing.assert_close(subject.run(model).detach(), before, atol=1e-6, rtol=0)
 
@@ -196,7 +198,10 @@ def test_hooks_fire_as_before_and_classes_are_still_told_apart(subject: Subject)
     called.clear()
     subject.run(model).sum().backward()
     assert called == expected
-    assert backward == {path for path, _ in hosts(model) if f"{path} done" in expected}
+    with_gradient = {
+        path for path, adapter in adapters(model, "default").items() if any(True for _ in adapter.parameters())
+    }
+    assert backward == {path for path in with_gradient if f"{path} done" in expected}
     for path, cls in own.items():
         module = model.get_submodule(path)
         assert isinstance(module, cls)

@@ -83,7 +83,8 @@ def test_over_a_bf16_base_adapters_are_fp32_and_outputs_bf16(subject: Subject):
     base = subject.base(torch.bfloat16).requires_grad_(False)
     before = subject.values(base)
     model = subject.put(base, moved=False)
-    torch.testing.assert_close(subject.values(model), before, atol=0.02, rtol=0.02)
+    if subject.method.identity_at_start:
+        torch.testing.assert_close(subject.values(model), before, atol=0.02, rtol=0.02)
     model = subject.adapted(torch.bfloat16)
     own = list(adapters(model, "default").values())
     assert {parameter.dtype for adapter in own for parameter in adapter.parameters()} == {torch.float32}
@@ -115,7 +116,7 @@ def test_over_a_float64_base_adapters_are_float64(subject: Subject):
     base = subject.base(torch.float64)
     model = subject.put(base, moved=False)
     assert {parameter.dtype for parameter in trainable_parameters(model).values()} == {torch.float64}
-    if subject.widest() == torch.float64:
+    if subject.widest() == torch.float64 and subject.method.identity_at_start:
         expected = subject.values(subject.base(torch.float64))
         torch.testing.assert_close(subject.values(model), expected, atol=1e-12, rtol=0)
 

@@ -12,16 +12,27 @@ from torch import nn
 
 from lightning_peft import METHODS, LoRA, PEFTError, inject
 from lightning_peft.injection import adapters
+from lightning_peft.methods._prefix_method import PrefixMethod
 
 from .cases import Encoder, bert, gpt2, llama, mixtral, stack, t5
 from .checks import assert_same_bits, bits, frame
 
-TARGETED = {name: cls for name, cls in METHODS.items() if "target_modules" in {f.name for f in dataclasses.fields(cls)}}
+TARGETED = {
+    name: cls
+    for name, cls in METHODS.items()
+    # a prefix is for attention alone: tests/methods/test_prefix_targets.py
+    if "target_modules" in {f.name for f in dataclasses.fields(cls)} and not issubclass(cls, PrefixMethod)
+}
 LORA_LIKE = {name: cls for name, cls in METHODS.items() if issubclass(cls, LoRA)}
 targeted = pytest.mark.parametrize("name", TARGETED)
 lora_like = pytest.mark.parametrize("name", LORA_LIKE)
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 BERT_NAMES = "word_embeddings, position_embeddings, token_type_embeddings, query, key, value, dense, classifier"
+
+
+def fitting(name: str) -> dict[str, int]:
+    """Fields with which the method fits layers of 12, 16 and 20 features."""
+    return {"r": 4} if "r" in {field.name for field in dataclasses.fields(METHODS[name])} else {}
 
 
 def faults_of(
@@ -134,10 +145,10 @@ def _told(model: nn.Module, name: str, targets: list[str], r: int) -> list[str]:
 
 @targeted
 def test_modules_to_save_must_be_a_list_of_modules_with_parameters(name: str):
-    assert faults_of(bert(), name, save="classifier") == [
+    assert faults_of(bert(), name, save="classifier", **fitting(name)) == [
         "modules_to_save: 'classifier' is a string; give a list, ['classifier']"
     ]
-    assert faults_of(bert(), name, save=["dropout"]) == [
+    assert faults_of(bert(), name, save=["dropout"], **fitting(name)) == [
         "modules_to_save: 'dropout' matches bert.embeddings.dropout, a Dropout without parameters, which can not be "
         "adapted; names that can be: bert, embeddings, word_embeddings, position_embeddings, token_type_embeddings, "
         "LayerNorm, encoder, layer and 11 more"
@@ -190,11 +201,11 @@ def test_all_linear_is_every_linear_layer_but_the_head(name: str, build, head: s
 @quick
 @given(names=st.lists(st.text(max_size=12), min_size=1, max_size=3, unique=True))
 def test_garbage_names_are_refused_each_by_its_name(name: str, names: list[str]):
-    model = stack(layer=nn.Linear(3, 3), act=nn.Tanh(), head=nn.Linear(3, 2))
+    model = stack(layer=nn.Linear(20, 20), act=nn.Tanh(), head=nn.Linear(20, 12))
     wrong = [garbage for garbage in names if garbage not in ("layer", "head")]
     if not wrong:
         return
-    faults = faults_of(model, name, target_modules=names)
+    faults = faults_of(model, name, target_modules=names, **fitting(name))
     assert len(faults) == len(wrong)
     for garbage, fault in zip(wrong, faults, strict=True):
         assert fault.startswith(f"{name}.target_modules: {garbage!r} matches ")
@@ -213,7 +224,7 @@ def broken_expression(pattern: str) -> str | None:
 @quick
 @given(pattern=st.text(alphabet="layerhd.*+?()[]|^$\\", min_size=1, max_size=8))
 def test_a_garbage_expression_is_refused_or_means_what_it_matches(name: str, pattern: str):
-    model = stack(layer=nn.Linear(3, 3), head=nn.Linear(3, 2))
+    model = stack(layer=nn.Linear(20, 20), head=nn.Linear(20, 12))
     if broken := broken_expression(pattern):
         with pytest.raises(PEFTError) as refused:
             METHODS[name](target_modules=pattern)  # type: ignore[call-arg]
@@ -222,7 +233,7 @@ def test_a_garbage_expression_is_refused_or_means_what_it_matches(name: str, pat
     expression = re.compile(pattern)
     meant = [path for path in ("layer", "head") if expression.fullmatch(path)]
     if meant:
-        assert [*adapters(inject(model, METHODS[name](target_modules=pattern)), "default")] == meant  # type: ignore[call-arg]
+        assert [*adapters(inject(model, METHODS[name](target_modules=pattern, **fitting(name))), "default")] == meant  # type: ignore[call-arg]
     else:
         fault = faults_of(model, name, target_modules=pattern)[0]
         assert fault.startswith(f"{name}.target_modules: {pattern!r} matches nothing; ")
@@ -232,13 +243,14 @@ def test_a_garbage_expression_is_refused_or_means_what_it_matches(name: str, pat
 @quick
 @given(name_of_adapter=st.text(max_size=8) | st.sampled_from(["keys", "forward", "a.b", ""]))
 def test_an_adapter_s_name_is_a_key_of_the_state_or_is_refused(name: str, name_of_adapter: str):
-    model = stack(layer=nn.Linear(3, 3))
+    model = stack(layer=nn.Linear(20, 20))
     if not name_of_adapter or "." in name_of_adapter or hasattr(nn.ModuleDict, name_of_adapter):
-        assert faults_of(model, name, target_modules=["layer"], adapter_name=name_of_adapter) == [
+        assert faults_of(model, name, target_modules=["layer"], adapter_name=name_of_adapter, **fitting(name)) == [
             f"adapter_name: {name_of_adapter!r} can't be one: it must be without dots, and no attribute of ModuleDict"
         ]
     else:
-        inject(model, METHODS[name](target_modules=["layer"]), adapter_name=name_of_adapter)  # type: ignore[call-arg]
+        method = METHODS[name](target_modules=["layer"], **fitting(name))  # type: ignore[call-arg]
+        inject(model, method, adapter_name=name_of_adapter)
         added = [key for key in model.state_dict() if key not in ("layer.weight", "layer.bias")]
         assert added
         assert all(key.startswith(f"layer.adapters.{name_of_adapter}.") for key in added)
