@@ -104,6 +104,8 @@ class AdaptedModule(Swapped, LightningModule):
         plan = self._peft_plan
         for adapter in method_adapters(self, plan.adapter_name).values():
             adapter.before_training()
+        # who asks for estimated_stepping_batches, as a schedule or a method does, lets the data loaders draw their seed
+        go_on_with_random_numbers(self)
         configured = self._own_hook("configure_optimizers")()
         factors = plan.method.learning_rate_factors(method_adapters(self, plan.adapter_name))
         keep_trainable(configured, trainable_parameters(self), factors)
@@ -216,8 +218,10 @@ def mark_buffers(module: AdaptedModule) -> None:
 
 
 def go_on_with_random_numbers(module: AdaptedModule) -> None:
-    """After a resume, put the random number generators where the run that wrote the checkpoint had them."""
-    if module._peft_plan.rng_to_restore is not None:
+    """After a resume on one device, put the random number generators where the run that wrote the checkpoint had them;
+    once."""
+    trainer = module._trainer
+    if module._peft_plan.rng_to_restore is not None and trainer is not None and trainer.world_size == 1:
         set_rng_state(module._peft_plan.rng_to_restore)
         module._peft_plan.rng_to_restore = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -49,7 +50,8 @@ class TrainedModule(AdaptedModule):
             return configured
         # an optimizer that is given to the strategy is stepped by its torch class, whatever is wrapped around it; under
         # 16-bit scaling a step that overflowed is not taken, and not told
-        total = float(self.trainer.estimated_stepping_batches)
+        estimated = float(self.trainer.estimated_stepping_batches)
+        total = estimated if estimated > 0 else math.inf  # Lightning says -1 of a stream without a length
         plan.method.start(self._attached(), total)
 
         def after(*_: Any) -> None:

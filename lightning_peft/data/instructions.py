@@ -115,7 +115,7 @@ class InstructionData(DecoderData):
             faults += [
                 f"{field}: a chat template is not used with `template`; give one of them"
                 for field in ("system", "chat_template")
-                if self.hparams[field] is not None
+                if getattr(self, field) is not None
             ]
         return faults + super().faults()
 

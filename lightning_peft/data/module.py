@@ -44,6 +44,9 @@ class TableData(L.LightningDataModule, ABC):
         PEFTError: by the constructor, a number is out of its range; by `setup`, data that can't be trained on.
     """
 
+    streaming: bool = False
+    group_by_length: bool = False
+
     def __init__(
         self,
         path: str,
@@ -60,7 +63,6 @@ class TableData(L.LightningDataModule, ABC):
         self.path, self.validation_path, self.test_path = path, validation_path, test_path
         self.batch_size, self.num_workers = batch_size, num_workers
         self.validation_fraction, self.seed = validation_fraction, seed
-        self.streaming, self.group_by_length = False, False
         self._encoded: dict[str, Any] = {}
         self._encoded_with = ""
         if faults := self.faults():
@@ -239,15 +241,15 @@ class TextData(TableData):
         **options: Any,
     ) -> None:
         self.tokenizer_name, self.max_length = tokenizer, max_length
-        super().__init__(path, **options)
         self.group_by_length, self.streaming = group_by_length, streaming
+        super().__init__(path, **options)
         self.cut_rows: dict[str, int] = {}
         self.tokenizer: Any = None
 
     def faults(self) -> list[str]:
         """What is wrong with the arguments."""
         faults = [f"max_length: {self.max_length} is less than 1"] if self.max_length < 1 else []
-        if self.hparams["streaming"] and self.hparams["group_by_length"]:
+        if self.streaming and self.group_by_length:
             faults.append("group_by_length: the rows of a stream can't be sorted; leave it or streaming out")
         return faults + super().faults()
 

@@ -77,7 +77,7 @@ class QuestionAnsweringData(TextData):
         faults = []
         if not 0 <= self.stride < max(self.max_length, 1):
             faults.append(f"stride: {self.stride} is not between 0 and max_length={self.max_length} (that left out)")
-        if self.hparams["streaming"]:
+        if self.streaming:
             faults.append(
                 "streaming: rows are numbered to find their answers; leave it out, the table is mapped from disk"
             )

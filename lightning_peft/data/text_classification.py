@@ -44,8 +44,8 @@ class TextClassificationData(LabelledData, TextData):
         """What is wrong with the arguments."""
         faults = []
         if len(self.text_columns) not in (1, 2):
-            faults.append(f"text_column: give one column or two, not {self.hparams['text_column']!r}")
-        if self.hparams["streaming"]:
+            faults.append(f"text_column: give one column or two, not {self.text_columns!r}")
+        if self.streaming:
             faults.append(
                 "streaming: the classes are known once all is read; leave it out, the table is mapped from disk"
             )

@@ -64,7 +64,7 @@ class TokenClassificationData(TextData):
     def faults(self) -> list[str]:
         """What is wrong with the arguments."""
         told = "streaming: the classes are known once all is read; leave it out, the table is mapped from disk"
-        return ([told] if self.hparams["streaming"] else []) + super().faults()
+        return ([told] if self.streaming else []) + super().faults()
 
     def column_faults(self, table: Dataset, split: str) -> list[str]:
         """Columns that are missing or of another kind, and rows whose words and tags don't fit."""
