@@ -119,9 +119,12 @@ class AdaptedModule(Swapped, LightningModule):
             return
         plan.moved_buffers |= _moved(base_buffers(self), plan.buffers_at_start)
         kept = {*adapter_tensors(self, plan.adapter_name), *plan.moved_buffers}
+        prefixes = tuple(_own(self, plan.adapter_name))
         for name in STATES:
             if name in checkpoint:
-                checkpoint[name] = {key: tensor for key, tensor in checkpoint[name].items() if key in kept}
+                state = checkpoint[name].items()
+                # an averaged copy may have the adapter's tensors in another form, under other keys
+                checkpoint[name] = {key: tensor for key, tensor in state if key in kept or key.startswith(prefixes)}
         checkpoint["state_dict"][NOTICE] = torch.empty(0)
         checkpoint[KEY] = {**plan.spec, "moved_buffers": sorted(plan.moved_buffers), "metrics": _metrics(self)}
         checkpoint[KEY]["steps"] = plan.steps
@@ -243,18 +246,24 @@ def _awaited(model: nn.Module, adapter_name: str, state: Mapping[str, Any]) -> t
     have."""
     awaited: dict[str, Tensor] = {}
     faults = []
-    for path, module in base_modules(model):
-        if not isinstance(module, Host) or adapter_name not in module.adapters:
-            continue
-        prefix = ".".join(filter(None, (path, "adapters", adapter_name))) + "."
+    for prefix, adapter in _own(model, adapter_name).items():
         given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         try:
-            own = cast(Adapter, module.adapters[adapter_name]).awaits(given)
+            own = adapter.awaits(given)
             awaited |= {f"{prefix}{key}": tensor for key, tensor in own.items()}
         except PEFTError as error:
             faults += [f"{prefix}{fault}" for fault in error.faults]
             awaited |= {key: value for key, value in state.items() if key.startswith(prefix)}
     return awaited, faults
+
+
+def _own(model: nn.Module, adapter_name: str) -> dict[str, Adapter]:
+    """The adapters of that name, by what the keys of their tensors begin with."""
+    return {
+        ".".join(filter(None, (path, "adapters", adapter_name))) + ".": cast(Adapter, module.adapters[adapter_name])
+        for path, module in base_modules(model)
+        if isinstance(module, Host) and adapter_name in module.adapters
+    }
 
 
 def _moved(buffers: Mapping[str, Tensor], at_start: Mapping[str, tuple[bytes, int]]) -> set[str]:
