@@ -1,8 +1,7 @@
 """What every method is: fields that are checked when it is made, and the adapters that it would stand on a model's
 modules."""
 
-from __future__ import annotations
-
+# without postponed annotations: the command line's parser would look for their names in the file of each method
 import dataclasses
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -184,7 +183,7 @@ class Method:
         raise NotImplementedError
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any], keys: Sequence[str], root: PeftRoot) -> Method:
+    def from_peft(cls, config: Mapping[str, Any], keys: Sequence[str], root: PeftRoot) -> "Method":
         """The method that, on `root.model`, is the adapter of an HF peft directory.
 
         Args:

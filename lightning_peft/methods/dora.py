@@ -39,9 +39,9 @@ class _Magnitude(layers.LowRank):
 
     def rescaled(self, module: nn.Module, z: Tensor) -> Tensor:
         spatial = (1,) * len(getattr(module, "kernel_size", ()))
-        tensors = own_tensors(module)
-        bias = tensors.get("bias")
-        change = (self.ratio(tensors[self.weight_name]) - 1).to(z.dtype).view(-1, *spatial)
+        # as the module sees it: another method may train it
+        bias = getattr(module, "bias", None)
+        change = (self.ratio(own_tensors(module)[self.weight_name]) - 1).to(z.dtype).view(-1, *spatial)
         return torch.addcmul(z, change, z if bias is None else z - bias.to(z.dtype).view(-1, *spatial))
 
 

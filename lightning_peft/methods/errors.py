@@ -25,7 +25,8 @@ class PEFTError(ValueError):
 
 
 def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
-    """Up to `limit` of `candidates` closest to `name`, best first; one that differs in case alone; empty where none is close."""
+    """Up to `limit` of `candidates` closest to `name`, best first: one alone where only its case differs, none where
+    none is close."""
     by_key = {candidate.lower(): candidate for candidate in candidates}
     if name.lower() in by_key:
         return [by_key[name.lower()]]

@@ -59,16 +59,25 @@ def method_of(spec: Spec) -> Method:
     Raises:
         PEFTError: the method or a field is unknown here, or a value breaks its rule.
     """
-    name, fields = spec["method"]["name"], spec["method"]["fields"]
+    return _made(spec["method"], spec.get("version"))
+
+
+def _made(described: Mapping[str, Any], own_version: Any) -> Method:
+    """The method of that name with those fields; the methods that it is made of come first."""
+    name = described["name"]
     known = {**{cls.__name__: cls for cls in _subclasses(Method)}, **METHODS}
     if name not in known:
         raise PEFTError(
             f"method {name!r} is not known here{suggestion(name, known)}; import the module that defines it first"
         )
+    fields = {
+        field: [_made(part, own_version) for part in value] if _are_methods(value) else value
+        for field, value in described["fields"].items()
+    }
     try:
         return known[name](**fields)
     except TypeError as error:
-        raise PEFTError(f"method {name}: {error}; the checkpoint is of lightning-peft {spec.get('version')}") from error
+        raise PEFTError(f"method {name}: {error}; the checkpoint is of lightning-peft {own_version}") from error
 
 
 def spec_faults(ours: Spec, theirs: Spec, allow_other_base: bool) -> list[str]:
@@ -77,17 +86,7 @@ def spec_faults(ours: Spec, theirs: Spec, allow_other_base: bool) -> list[str]:
     Fields that only steer training, and those that say where adapters go, may differ: the tensors' names tell the
     latter.
     """
-    our_method, their_method = ours["method"], theirs["method"]
-    faults = []
-    if our_method["name"] != their_method["name"]:
-        faults.append(f"the checkpoint's method is {their_method['name']}, this run's is {our_method['name']}")
-    else:
-        free = METHODS[our_method["name"]].training_only if our_method["name"] in METHODS else frozenset[str]()
-        faults += [
-            f"{our_method['name']}.{name} is {value!r} in the checkpoint and {our_method['fields'].get(name)!r} here"
-            for name, value in their_method["fields"].items()
-            if name not in free and our_method["fields"].get(name) != value
-        ]
+    faults = _method_faults(ours["method"], theirs["method"])
     if ours["adapter_name"] != theirs["adapter_name"]:
         faults.append(
             f"the checkpoint's adapter_name is {theirs['adapter_name']!r}, this run's {ours['adapter_name']!r}"
@@ -99,6 +98,35 @@ def spec_faults(ours: Spec, theirs: Spec, allow_other_base: bool) -> list[str]:
             "base, or pass allow_other_base=True if you mean it"
         )
     return faults
+
+
+def _method_faults(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What of two methods differs that tensors depend on."""
+    if ours["name"] != theirs["name"]:
+        return [f"the checkpoint's method is {theirs['name']}, this run's is {ours['name']}"]
+    free = METHODS[ours["name"]].training_only if ours["name"] in METHODS else frozenset[str]()
+    faults = []
+    for name, value in theirs["fields"].items():
+        own = ours["fields"].get(name)
+        if name in free or own == value:
+            continue
+        if not (_are_methods(own) and _are_methods(value)):
+            faults.append(f"{ours['name']}.{name} is {value!r} in the checkpoint and {own!r} here")
+        elif len(own) != len(value):
+            names = [", ".join(part["name"] for part in parts) for parts in (value, own)]
+            faults.append(f"{ours['name']}.{name} are {names[0]} in the checkpoint and {names[1]} here")
+        else:
+            faults += [fault for pair in zip(own, value, strict=True) for fault in _method_faults(*pair)]
+    return faults
+
+
+def _are_methods(value: Any) -> bool:
+    """Whether a field's value is the list of methods that a method is made of."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, Mapping) and set(part) == {"name", "fields"} for part in value)
+    )
 
 
 def _subclasses(cls: type[Method]) -> Iterator[type[Method]]:
