@@ -66,7 +66,9 @@ def _split_groups(optimizer: Optimizer, schedulers: list[Any], factors: Mapping[
     for index, group in enumerate(list(optimizer.param_groups)):
         for factor in dict.fromkeys(factors[parameter] for parameter in group["params"] if parameter in factors):
             if isinstance(optimizer, LBFGS):
-                raise PEFTError("lora_plus: LBFGS takes one learning rate for all; leave lora_plus out, or use AdamW")
+                raise PEFTError(
+                    "LBFGS takes one learning rate for all, and the method asks for two (lora_plus, say); use AdamW"
+                )
             moved = {name: list(group[name]) if name in PARALLEL else value for name, value in group.items()}
             _keep(moved, [parameter for parameter in group["params"] if factors.get(parameter) == factor])
             _keep(group, [parameter for parameter in group["params"] if factors.get(parameter) != factor])

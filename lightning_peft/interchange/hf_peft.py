@@ -138,7 +138,8 @@ def import_adapter(model: M, source: str | Path, *, adapter_name: str = "default
     rest = {key: tensor for key, tensor in tensors.items() if key not in whole and _base_key(key) not in base}
     faults += tensor_faults(whole, {key: tensor for key, tensor in tensors.items() if key in whole}, ())
     try:
-        names = _names_to_save(root, config["modules_to_save"] or ())
+        given = config["modules_to_save"]
+        names = _names_to_save(root, given if isinstance(given, list) else ())
         method = cls.from_peft(config, list(rest), root)
         # first onto adapters that stand on nothing yet, so that a fault leaves the model as it was
         made = method.attachments(model, {root.outer(name) for name in saved})

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_peft import METHODS, PEFT, LoRA, Method, PEFTError, inject, load_from_checkpoint
+from lightning_peft import METHODS, PEFT, BitFit, LoRA, Method, PEFTError, inject, load_from_checkpoint
 from lightning_peft.state import adapter_tensors, base_keys
 from tests.callback.toys import BuiltInConfigureModel, Manual, Toy, data, lora, standing_on, tensors, trainer
 
@@ -66,12 +66,21 @@ def test_file_size_follows_the_adapter_and_not_the_base(tmp_path: Path) -> None:
     assert (tmp_path / "small.ckpt").stat().st_size < 40_000
 
 
+def made(name: str) -> Method:
+    """The method with its defaults; one that has none for a field gets something that is trained."""
+    given: dict[str, dict[str, Any]] = {
+        "Hybrid": {"methods": [LoRA(r=2), BitFit()]},
+        "HFPeft": {"config": {"peft_type": "LOHA", "r": 2, "target_modules": ["body.0", "body.4"]}},
+    }
+    return METHODS[name](**given.get(name, {}))
+
+
 @pytest.mark.parametrize(
     ("name", "module_class"),
     [*((name, None) for name in sorted(METHODS)), ("LoRA", BuiltInConfigureModel), ("LoRA", Manual)],
 )
 def test_resume_is_exact(name: str, module_class: type[Toy] | None, tmp_path: Path) -> None:
-    module_class = module_class or standing_on(METHODS[name]())
+    module_class = module_class or standing_on(made(name))
 
     class StopAfter(L.Callback):
         """Ends a run of three epochs early; a run of two would have other schedules."""
@@ -86,7 +95,7 @@ def test_resume_is_exact(name: str, module_class: type[Toy] | None, tmp_path: Pa
         L.seed_everything(seed, verbose=False)
         module = module_class()
         folder = tmp_path / f"{epochs}-{seed}"
-        fit = trainer(folder, StopAfter(epochs), method=METHODS[name](), max_epochs=3)
+        fit = trainer(folder, StopAfter(epochs), method=made(name), max_epochs=3)
         # shuffled, with dropout in the module: the random numbers have to go on as well
         fit.fit(module, DataLoader(data().dataset, 8, shuffle=True), data(), ckpt_path=path)
         return module.state_dict(), Path(fit.checkpoint_callback.best_model_path), fit  # type: ignore[union-attr]

@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from lightning_peft.cli.classes import parameters
 from lightning_peft.methods import METHODS
 
 from .conftest import Command
@@ -45,13 +46,20 @@ def test_methods_tells_all_about_one_inherited_fields_included(command: Command)
     assert "r int 8 Rank of the update, 1 or more." in words
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_command_line_checks_the_types_of_every_method_s_fields(name: str) -> None:
+    hints = [str(parameter.hint) for parameter in parameters(METHODS[name]).values()]
+    assert hints
+    assert not any("Unvalidated" in hint for hint in hints)
+
+
 def test_methods_names_the_nearest(command: Command) -> None:
     code, out, err = command("methods", "LORA", "DRoA")
     assert (code, out) == (2, "")
     assert err == (
         "lightning-peft: 2 faults\n"
         "  there is no method 'LORA'; did you mean 'LoRA'?\n"
-        "  there is no method 'DRoA'; did you mean 'DoRA' or 'LoRA' or 'AdaLoRA'?\n"
+        "  there is no method 'DRoA'; did you mean 'DoRA' or 'LoRA'?\n"
     )
 
 

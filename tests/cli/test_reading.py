@@ -134,7 +134,6 @@ def _holds(whole: Any, part: Any) -> bool:
     return bool(whole == part)
 
 
-
 class Parsed(PEFTCLI):
     """Stops once the configuration is read."""
 

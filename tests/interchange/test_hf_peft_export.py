@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,11 +285,11 @@ def test_tensors_are_fp32_contiguous_and_apart_and_a_failed_write_leaves_the_old
         assert {"base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"} <= set(opened.keys())
     before = file.read_bytes()
 
-    def interrupted(tensors: object, target: Path, metadata: object) -> None:
-        target.write_bytes(b"half")
+    def interrupted(descriptor: int) -> None:
+        os.ftruncate(descriptor, 4)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_peft.interchange.hf_peft_files.save_file", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
     for folder in (tmp_path, tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
             export_adapter(model, folder)

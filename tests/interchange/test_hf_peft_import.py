@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_peft import DoRA, LoRA, PEFTError, disable_adapters, export_adapter, import_adapter, inject, remove
 from lightning_peft.injection import adapter_names, adapters, records
 from lightning_peft.methods import METHODS
+from lightning_peft.methods.hf_peft import HFPeft
 from tests.interchange.peft_oracle import (
     TOLERANCE,
     base_of,
@@ -307,8 +308,11 @@ def test_the_hub_is_asked_for_the_adapters_files_alone(tmp_path: Path, monkeypat
     assert asked == [("org/name", {"revision": "v1", "allow_patterns": files})]
 
 
-def test_a_method_that_peft_knows_writes_its_own_peft_type() -> None:
-    for method in METHODS.values():
-        if method.peft_defaults:
-            assert method.reads_peft(dict(method.peft_defaults))
-            assert [cls for cls in METHODS.values() if cls.reads_peft(method.peft_defaults)] == [method]
+def test_what_a_method_writes_is_read_by_one_method() -> None:
+    # HF peft's files don't tell a prefix without its MLP from one that never had any
+    same = {"PTuningV2": "PrefixTuning"}
+    for name, method in METHODS.items():
+        if method.peft_defaults and method is not HFPeft:  # which reads all that no other does
+            assert [other for other, cls in METHODS.items() if cls.reads_peft(method.peft_defaults)] == [
+                same.get(name, name)
+            ]

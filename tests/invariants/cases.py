@@ -289,6 +289,8 @@ class Subject:
 
     method: type[Method]
     case: Case
+    refused_too: bool = False
+    """Whether the property is about cases that the method refuses too."""
 
     def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A fresh copy of the case's model, in eval mode."""
@@ -364,13 +366,26 @@ def move(model: nn.Module, name: str = "default") -> nn.Module:
     return model
 
 
-def each(*names: str) -> pytest.MarkDecorator:
-    """Every method on every case, or on the cases `names`."""
+@cache
+def refusal(method: type[Method], case: Case) -> str | None:
+    """Why the method can't stand on the case; None where it can."""
+    subject = Subject(method, case)
+    try:
+        subject.inject(subject.base())
+    except PEFTError as error:
+        return str(error)
+    return None
+
+
+def each(*names: str, refused_too: bool = False) -> pytest.MarkDecorator:
+    """Every method on every case, or on the cases `names`, that has the fields which the case asks for."""
     assert set(names) <= {case.name for case in CASES}
+    fields = {method: {field.name for field in dataclasses.fields(method)} for method in METHODS.values()}  # type: ignore[arg-type]
     params = [
-        pytest.param(Subject(method, case), id=f"{name}-{case.name}")
+        pytest.param(Subject(method, case, refused_too), id=f"{name}-{case.name}")
         for case in CASES
         if not names or case.name in names
         for name, method in METHODS.items()
+        if not case.parameters or "target_parameters" in fields[method]
     ]
     return pytest.mark.parametrize("subject", params)

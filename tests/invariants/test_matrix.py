@@ -230,7 +230,7 @@ def test_every_method_stands_on_something(method):
     assert len(refused) < len(CASES), refused
 
 
-@each()
+@each(refused_too=True)
 def test_a_refused_model_is_left_as_it_was(subject: Subject):
     model = subject.base()
     own, before = frame(model), bits(model)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft import trainable_parameters
+from lightning_peft import LoRA, trainable_parameters
 from lightning_peft.injection import adapters
 from lightning_peft.methods._host import hosts
 
@@ -25,10 +25,16 @@ def test_without_gradients_no_path_passes_over_the_adapter(subject: Subject):
         torch.testing.assert_close(subject.run(model).clone(), expected, atol=1e-5, rtol=1e-5)
 
 
+# torch.compile takes seconds for each: a method of its own layers is traced on one of each kind
+TRACED = ("linear", "conv2d-reflect", "embedding", "llama")
+
+
 @each()
 def test_compiled_it_computes_the_same_forward_and_backward(subject: Subject):
     if not subject.case.compiles:
         pytest.skip("torch.compile takes too long for the bare model")
+    if not issubclass(subject.method, LoRA) and subject.case.name not in TRACED:
+        pytest.skip("one layer of each kind is compiled")
     model, compiled = subject.adapted(), subject.adapted()
     expected = gradients(model, lambda: subject.run(model))
     torch._dynamo.reset()
@@ -48,6 +54,7 @@ def test_checkpointed_it_computes_the_same_gradients(subject: Subject, dropout: 
         torch.manual_seed(seed)
         return checkpoint(subject.run, model, use_reentrant=False) if checkpointed else subject.run(model)
 
+    run(5)  # some of transformers' models draw random numbers in their first run of a process
     expected = gradients(model, lambda: run(5))
     assert_same(gradients(model, lambda: run(5, checkpointed=True)), expected, 1e-6)
     if dropout and not all(
