@@ -65,10 +65,18 @@ class _LinearUpdate(torch.autograd.Function):
         ctx.save_for_backward(x, W, A, B)
         ctx.options = dtype, scale, p, seed
         # a y that was made here may be added to in place; the caller's own may not
-        out = _rows(frozen) if W is not None else None
+        in_place = W is not None and frozen.is_contiguous()
+        out = frozen if in_place else torch.empty_like(frozen, memory_format=torch.contiguous_format)
+        rows = _rows(frozen)
         with as_written(x.device.type):
             h = dropped(_rows(x).to(dtype), p, seed) @ A.to(dtype).T
-            return torch.addmm(_rows(frozen), h, B.to(dtype).T, alpha=scale, out=out).view(frozen.shape)
+            torch.addmm(rows, h, B.to(dtype).T, alpha=scale, out=rows if in_place else _rows(out))
+        # F.linear may give a view, which autograd would not let a caller change in place
+        if not in_place:
+            return out
+        return frozen.new_empty(0).set_(
+            frozen.untyped_storage(), frozen.storage_offset(), frozen.shape, frozen.stride()
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

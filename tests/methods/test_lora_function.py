@@ -343,3 +343,25 @@ def test_a_loose_weight_keeps_its_bits_under_autocast() -> None:
         expected = base["layer"](x)
         inject(base, LoRA(r=2, target_modules=[], target_parameters=["layer.weight"]))
         assert torch.equal(base["layer"](x), expected)
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+@pytest.mark.parametrize("kind", ["given output", "layer", "layer with bias"])
+def test_the_output_may_be_changed_in_place(shape: tuple[int, ...], kind: str) -> None:
+    x, A, B, W = leaves(shape, (2, 5), (4, 2), (4, 5))
+    W.requires_grad_(False)
+    b = torch.randn(4, dtype=torch.float64) if kind == "layer with bias" else None
+    y = x.detach() @ W.T
+    keep = torch.rand(*shape[:-1], 4) > 0.5
+
+    def gradients(out: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((out * torch.arange(4.0)).sum(), [x, A, B])
+
+    given = kind == "given output"
+    changed = update(y, x, A, B) if given else with_layer(x, W, b, A, B)
+    changed[~keep] = 0
+    changed.mul_(2)
+    expected = 2 * keep * plain(y if given else x @ W.T + (0 if b is None else b), x, A, B)
+    torch.testing.assert_close(changed, expected)
+    for ours, theirs in zip(gradients(changed), gradients(expected), strict=True):
+        torch.testing.assert_close(ours, theirs)
