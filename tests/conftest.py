@@ -1,4 +1,4 @@
-"""What every test runs under: no network, one thread, the same seed."""
+"""What every test runs under: no network, one thread, the same seed, the same environment."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    threads = torch.get_num_threads()
+    threads, environment = torch.get_num_threads(), dict(os.environ)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+    # Lightning's launchers leave a rank behind, with which a later test's process would wait for others
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture

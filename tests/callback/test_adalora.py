@@ -237,6 +237,7 @@ torch.save({"ranks": ranks.seen, "state": state}, f"{sys.argv[1]}/{trainer.globa
 """
 
 
+@pytest.mark.xdist_group("devices")
 @pytest.mark.slow
 def test_two_processes_keep_the_same_ranks(tmp_path: Path) -> None:
     script = tmp_path / "train.py"

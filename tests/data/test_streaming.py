@@ -201,6 +201,8 @@ L.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=Fal
 """
 
 
+@pytest.mark.xdist_group("devices")
+@pytest.mark.timeout(400)
 @pytest.mark.slow
 def test_two_processes_take_equally_many_batches_of_disjoint_rows(write: Write, folder: str, tmp_path: Path) -> None:
     # every second row is the first rank's, and many of them are too long: it has far fewer than the second
@@ -212,7 +214,7 @@ def test_two_processes_take_equally_many_batches_of_disjoint_rows(write: Write, 
     # the launcher runs the file again for the other rank
     (script := tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, str(script), write("a.jsonl", rows), folder, str(tmp_path / "cache"), str(out)]
-    subprocess.run(command, check=True, timeout=150, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, timeout=390, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     (steps, first), (others, second) = (json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2))
     assert steps == others == 13
     assert not set(first) & set(second)

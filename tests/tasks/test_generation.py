@@ -77,6 +77,7 @@ def test_texts_of_evaluation_rows_are_measured(task: Any, kind: str, decoder: bo
     assert trainer(tmp_path).predict(module, data) == [texts[:4], texts[4:]]
 
 
+@pytest.mark.xdist_group("devices")
 @pytest.mark.slow
 def test_two_devices_log_what_one_does(tmp_path: Path) -> None:
     """Seven rows and one without labels, so that the devices have other numbers of texts."""

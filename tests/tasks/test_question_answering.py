@@ -131,6 +131,7 @@ def test_metrics_equal_those_found_by_hand(
     assert found == {f"test_{name}": pytest.approx(value, rel=1e-5) for name, value in expected.items()}
 
 
+@pytest.mark.xdist_group("devices")
 @pytest.mark.slow
 def test_two_devices_log_what_one_does(tmp_path: Path, tiny_bert: str) -> None:
     """The windows of a question are on both devices, and their number is odd."""

@@ -128,6 +128,7 @@ def test_metrics_are_over_all_rows_and_leave_ignored_ones_out(tmp_path: Path) ->
     }
 
 
+@pytest.mark.xdist_group("devices")
 @pytest.mark.slow
 def test_two_devices_log_what_one_does(tiny_bert: str, reviews: str, tmp_path: Path) -> None:
     """41 rows: the sampler would count one of them twice."""

@@ -152,6 +152,7 @@ def test_prediction_without_rows_is_refused(form: str, tmp_path: Path) -> None:
     assert str(caught.value) == f"predict: predict_step {BAD[form]}"
 
 
+@pytest.mark.xdist_group("devices")
 @pytest.mark.slow
 def test_two_devices_write_what_one_does(tmp_path: Path) -> None:
     """Seven rows: one device has a row more."""
@@ -161,6 +162,7 @@ def test_two_devices_write_what_one_does(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
+@pytest.mark.xdist_group("devices")
 @pytest.mark.slow
 def test_stream_on_two_devices_is_refused(tmp_path: Path) -> None:
     devices = {"devices": 2, "strategy": "ddp_spawn"}
