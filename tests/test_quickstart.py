@@ -30,15 +30,16 @@ def test_it_learns_and_its_checkpoint_is_used_as_the_closing_lines_say(
     short = ["--config", str(CONFIG), "--data.rows_per_library=120", "--trainer.max_epochs=2"]
     assert main(["fit", *short, "--trainer.enable_progress_bar=false"]) == 0
     printed = capsys.readouterr().out
-    # A (8, 384) and B (384, 8) beside query and value of six layers, and a head of 384 × 8 + 8
-    assert "trainable params: 76,808 || all params: 22,793,104 || trainable%: 0.34" in printed
+    # A and B of rank 8 beside the six linear layers of each of six blocks and the pooler's, and a head of 384 × 8 + 8
+    assert 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536)) + 8 * (384 + 384) + 384 * 8 + 8 == 341_000
+    assert "trainable params: 341,000 || all params: 23,057,296 || trainable%: 1.48" in printed
     row = re.search(r"val_accuracy\D+([\d.]+)\D+([\d.]+)\D+([\d.]+)", printed)
     assert row is not None
     best, majority = float(row[2]), float(row[3])
     assert majority == pytest.approx(1 / 8, abs=0.02)
     assert best > majority + 0.2
     (path,) = tmp_path.glob("runs/quickstart/**/*.ckpt")
-    assert path.stat().st_size < 1_200_000
+    assert path.stat().st_size < 3 * 4 * 341_000 + 300_000
     assert str(path.relative_to(tmp_path)) in printed.replace("\n", "")
 
     assert main(["validate", *short, "--ckpt_path", str(path), "--trainer.enable_progress_bar=false"]) == 0

@@ -68,6 +68,7 @@ class LoRA(Method):
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354; the paper's choice is 16). None: the same. A floor of
     the schedule (`eta_min`) is one for both."""
 
+    learning_rate: ClassVar[float] = 2e-3
     training_only: ClassVar[frozenset[str]] = frozenset(
         {"dropout", "target_modules", "target_parameters", "exclude_modules", "lora_plus"}
     )
