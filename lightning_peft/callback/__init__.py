@@ -70,9 +70,8 @@ class PEFT(pl.Callback):
         checkpoint."""
         if isinstance(pl_module, AdaptedModule):
             mark_buffers(pl_module)
-            if trainer.world_size == 1:
-                # the next thing that Lightning draws is the data loader's seed, as it does when an epoch begins
-                go_on_with_random_numbers(pl_module)
+            # the next thing that Lightning draws is the data loader's seed, as it does when an epoch begins
+            go_on_with_random_numbers(pl_module)
         rank_zero_only(print_summary)(pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.methods._blocks import CONVS, Block, find_blocks
 from lightning_peft.methods._host import Adapter, Base, adapter_dtype
 from lightning_peft.methods._low_rank import as_written
-from lightning_peft.methods._targets import ALL_LINEAR, base_modules, find, inside, is_conv1d, pattern_faults
+from lightning_peft.methods._targets import ALL_LINEAR, base_modules, expression_faults, find, inside, is_conv1d
 from lightning_peft.methods.base import Attachment, Method
 from lightning_peft.methods.errors import PEFTError, suggestion
 
@@ -161,12 +161,7 @@ class BottleneckMethod(Method):
             "blocks, or name modules": self.target_modules == ALL_LINEAR,
         }
         expressions = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
-        broken = [
-            fault
-            for name, pattern in expressions.items()
-            if isinstance(pattern, str)
-            for fault in pattern_faults(name, pattern)
-        ]
+        broken = expression_faults(expressions)
         return [fault for fault, is_broken in rules.items() if is_broken] + broken
 
     def attachments(self, model: nn.Module, skip: Container[str]) -> Sequence[Attachment]:

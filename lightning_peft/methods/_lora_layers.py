@@ -26,10 +26,9 @@ from lightning_peft.methods._low_rank import (
     linear_update,
     recomputed_update,
 )
+from lightning_peft.methods._target_modules import CONVS, weight_of
 from lightning_peft.methods._targets import is_conv1d
 from lightning_peft.methods.errors import PEFTError
-
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -54,14 +53,7 @@ class LowRank(Adapter):
     ) -> None:
         super().__init__()
         self.r, self.scale, self.dropout, self.weight_name = r, scale, dropout, weight_name
-        weight = own_tensors(module).get(weight_name)
-        if weight is None:
-            raise PEFTError(
-                f"{type(module).__name__} computes its {weight_name}, by a parametrization say; remove that first "
-                "(torch.nn.utils.parametrize.remove_parametrizations) or exclude the module"
-            )
-        if isinstance(weight, nn.UninitializedParameter):
-            raise PEFTError(f"{type(module).__name__} has no shape yet; run one batch through the model first")
+        weight = weight_of(module, weight_name)
         self.note(module)
         shape_A, shape_B = self.shapes(module)
         make = partial(torch.zeros, dtype=adapter_dtype(weight), device=weight.device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.methods import _lora_layers as layers
 from lightning_peft.methods._host import Adapter, own_class, own_tensors
+from lightning_peft.methods._target_modules import CONVS
 from lightning_peft.methods._targets import base_modules
 from lightning_peft.methods.base import PeftRoot, PeftTensor
 from lightning_peft.methods.errors import PEFTError
@@ -155,8 +156,8 @@ def _reasons(root: PeftRoot, path: str, module: nn.Module, adapter: Adapter) -> 
     has_magnitude = any("lora_magnitude_vector" in part._parameters for part in adapter.modules())
     if not path:
         yield "is the whole model, and HF peft adapts modules inside of one"
-    if isinstance(module, layers.CONVS):
-        if own_class(module) not in layers.CONVS:
+    if isinstance(module, CONVS):
+        if own_class(module) not in CONVS:
             yield f"HF peft would make A and B as {own_class(module).__name__} too, with whatever its forward does"
         if any(step != 1 for step in module.dilation):
             yield f"HF peft ignores its dilation {module.dilation}"

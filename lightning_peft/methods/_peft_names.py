@@ -19,8 +19,16 @@ FUSED_EXPERTS = {
     "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"},
 }
 """Names of layers that peft takes for those of experts, by the family that transformers counts a model to."""
+HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+"""How transformers' classes end whose head HF peft trains whole beside a prompt or prefix."""
+GENERATING = ("ForCausalLM", "LMHeadModel")
 Ranks = dict[str, tuple[int, float]]
 """Rank and alpha by name."""
+
+
+def is_bare(root: PeftRoot) -> bool:
+    """Whether it is a transformers model without a head."""
+    return getattr(root.module, "base_model", None) is root.module
 
 
 def patterns(

@@ -13,7 +13,7 @@ from lightning_peft.methods._host import Adapter
 from lightning_peft.methods._prefix import PrefixAdapter
 from lightning_peft.methods._prefix_targets import attention_modules, position_shifts
 from lightning_peft.methods._target_modules import once
-from lightning_peft.methods._targets import pattern_faults
+from lightning_peft.methods._targets import expression_faults
 from lightning_peft.methods.base import Attachment, Method, PeftRoot, PeftTensor
 from lightning_peft.methods.errors import PEFTError
 
@@ -41,9 +41,8 @@ class PrefixMethod(Method):
         faults = [] if isinstance(n, int) and n >= 1 else [f"num_virtual_tokens: {n} is no number of them; at least 1"]
         if self.target_modules is not None and not self.target_modules:
             faults.append("target_modules: is empty; name attention modules, or leave it out for all of them")
-        for name, patterns in (("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)):
-            faults += pattern_faults(name, patterns) if isinstance(patterns, str) else []
-        return faults
+        expressions = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
+        return faults + expression_faults(expressions)
 
     def prefixes(self, modules: Mapping[str, nn.Module]) -> dict[str, PrefixAdapter]:
         """An adapter for each attention module, by path."""

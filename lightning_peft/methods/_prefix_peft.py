@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_peft.methods._host import Adapter, own_class
+from lightning_peft.methods._peft_names import GENERATING, HEADED, is_bare
 from lightning_peft.methods._prefix import PrefixAdapter, is_attention, key_shape
 from lightning_peft.methods._prefix_targets import PositionShift
 from lightning_peft.methods._targets import base_modules
@@ -29,8 +30,6 @@ DEFAULTS: dict[str, Any] = {
 }
 KEY = "prompt_embeddings"
 """(n, 2 · layers · width): keys and values of the first layer, then of the second."""
-HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-GENERATING = ("ForCausalLM", "LMHeadModel")
 
 
 def to_peft(root: PeftRoot, attached: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def to_peft(root: PeftRoot, attached: Mapping[str, Adapter]) -> dict[str, Any]:
         "num_virtual_tokens": next(iter(prefixes.values())).num_virtual_tokens,
         "token_dim": shape.heads * shape.key_width,
         # HF peft gives a prefix by a class of its own for each task, and to a model without a head by this one
-        **({"task_type": "FEATURE_EXTRACTION"} if _is_bare(root) else {}),
+        **({"task_type": "FEATURE_EXTRACTION"} if is_bare(root) else {}),
     }
 
 
@@ -78,13 +77,9 @@ def _faults(root: PeftRoot, attached: Mapping[str, Adapter]) -> list[str]:
         heads = ("classifier", "score", "qa_outputs")
         if not any(saved.endswith(heads) for saved in root.modules_to_save):
             faults.append(f"modules_to_save: HF peft trains the head of a {name} whole; name it here too")
-    elif not name.endswith(GENERATING) and not _is_bare(root):
+    elif not name.endswith(GENERATING) and not is_bare(root):
         faults.append(f"HF peft has no prefix tuning for the task of a {name}")
     return faults
-
-
-def _is_bare(root: PeftRoot) -> bool:
-    return getattr(root.module, "base_model", None) is root.module
 
 
 def _prefixes(attached: Mapping[str, Adapter]) -> dict[str, PrefixAdapter]:

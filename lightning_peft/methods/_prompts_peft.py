@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_peft.methods._host import Adapter, own_class
+from lightning_peft.methods._peft_names import GENERATING, HEADED, is_bare
 from lightning_peft.methods._prompts import PromptedMask, PromptEmbedding
 from lightning_peft.methods._prompts_targets import text_models
 from lightning_peft.methods.base import PeftRoot, PeftTensor
@@ -40,8 +41,6 @@ P_TUNING: dict[str, Any] = {
 INITS = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}
 KEY = "prompt_embeddings"
 """(n, width); for an encoder-decoder (2n, width), of which HF peft uses the first half."""
-HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-GENERATING = ("ForCausalLM", "LMHeadModel")
 
 
 def to_peft(root: PeftRoot, attached: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def to_peft(root: PeftRoot, attached: Mapping[str, Adapter]) -> dict[str, Any]:
         "num_virtual_tokens": n,
         "token_dim": width,
         # HF peft gives a prompt by a class of its own for each task, and to a model without a head by this one
-        **({"task_type": "FEATURE_EXTRACTION"} if _is_bare(root) and not _has_decoder(attached) else {}),
+        **({"task_type": "FEATURE_EXTRACTION"} if is_bare(root) and not _has_decoder(attached) else {}),
     }
 
 
@@ -74,7 +73,7 @@ def _faults(root: PeftRoot, attached: Mapping[str, Adapter]) -> list[str]:
     if _has_decoder(attached):
         has_task = name.endswith("ForConditionalGeneration")
     else:
-        has_task = name.endswith((*HEADED, *GENERATING)) or _is_bare(root)
+        has_task = name.endswith((*HEADED, *GENERATING)) or is_bare(root)
     faults = [] if has_task else [f"HF peft has no prompts for the task of a {name}"]
     heads = ("classifier", "score", "qa_outputs")
     if name.endswith(HEADED) and not any(saved.endswith(heads) for saved in root.modules_to_save):
@@ -124,7 +123,3 @@ def _prompts(attached: Mapping[str, Adapter]) -> dict[str, PromptEmbedding]:
 
 def _has_decoder(attached: Mapping[str, Adapter]) -> bool:
     return any(isinstance(adapter, PromptedMask) for adapter in attached.values())
-
-
-def _is_bare(root: PeftRoot) -> bool:
-    return getattr(root.module, "base_model", None) is root.module

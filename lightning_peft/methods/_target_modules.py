@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from lightning_peft.methods._host import own_tensors
-from lightning_peft.methods._targets import ALL_LINEAR, base_modules, find, inside, is_conv1d, output_heads
+from lightning_peft.methods._targets import ALL_LINEAR, base_modules, find, inside, is_conv1d, matches, output_heads
 from lightning_peft.methods.base import Attachment
 from lightning_peft.methods.errors import PEFTError
 
@@ -42,6 +42,16 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         for path, module in base_modules(model)
         if (isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)) and not inside(path, heads)
     }
+
+
+def with_attention_outputs(found: Mapping[str, nn.Module], exclude: str | Sequence[str]) -> dict[str, nn.Module]:
+    """The modules, and the output layer of each nn.MultiheadAttention among them, which is part of its attention."""
+    outputs = {
+        f"{path}.out_proj": module.out_proj
+        for path, module in found.items()
+        if isinstance(module, nn.MultiheadAttention) and not matches(f"{path}.out_proj", exclude)
+    }
+    return {**found, **{path: module for path, module in outputs.items() if path not in found}}
 
 
 def in_attention(path: str, modules: Mapping[str, nn.Module]) -> bool:

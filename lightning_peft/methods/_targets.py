@@ -59,6 +59,13 @@ def pattern_faults(field: str, patterns: str | Iterable[str]) -> list[str]:
     return faults
 
 
+def expression_faults(fields: Mapping[str, object]) -> list[str]:
+    """What is wrong with those of the named fields that are a string, and so a regular expression."""
+    return [
+        fault for name, pattern in fields.items() if isinstance(pattern, str) for fault in pattern_faults(name, pattern)
+    ]
+
+
 def output_heads(model: nn.Module) -> set[str]:
     """Paths below which a transformers model has its output head: what "all-linear" leaves alone."""
     heads: set[str] = set()

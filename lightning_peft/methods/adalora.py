@@ -15,8 +15,8 @@ from lightning_peft.methods import _adalora_layers as layers
 from lightning_peft.methods import _adalora_peft
 from lightning_peft.methods._host import Adapter
 from lightning_peft.methods._lora_layers import WeightsLoRA
-from lightning_peft.methods._target_modules import in_attention, once, targeted
-from lightning_peft.methods._targets import ALL_LINEAR, base_modules, is_conv1d, matches, pattern_faults
+from lightning_peft.methods._target_modules import in_attention, once, targeted, with_attention_outputs
+from lightning_peft.methods._targets import ALL_LINEAR, base_modules, expression_faults, is_conv1d
 from lightning_peft.methods.base import Attachment, Method, PeftRoot, PeftTensor
 from lightning_peft.methods.errors import PEFTError
 
@@ -105,12 +105,7 @@ class AdaLoRA(Method):
         }
         expressions = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
         found = [fault for fault, is_broken in whole.items() if is_broken]
-        found += [
-            fault
-            for name, pattern in expressions.items()
-            if isinstance(pattern, str)
-            for fault in pattern_faults(name, pattern)
-        ]
+        found += expression_faults(expressions)
         return found if found or self.total_steps is None else self._schedule_faults(self.total_steps)
 
     def attachments(self, model: nn.Module, skip: Container[str]) -> Sequence[Attachment]:
@@ -130,11 +125,7 @@ class AdaLoRA(Method):
     def targets(self, model: nn.Module, skip: Container[str]) -> tuple[dict[str, nn.Module], list[str]]:
         """The modules to adapt by path, and what is wrong with the fields."""
         found, faults = targeted(model, self.target_modules, _is_adaptable, self.exclude_modules, skip, _describe)
-        for path, module in list(found.items()):
-            # attention's output layer is part of its attention
-            if isinstance(module, nn.MultiheadAttention) and not matches(f"{path}.out_proj", self.exclude_modules):
-                found.setdefault(f"{path}.out_proj", module.out_proj)
-        return found, faults
+        return with_attention_outputs(found, self.exclude_modules), faults
 
     def penalty(self, attached: Mapping[str, Adapter]) -> Tensor | None:
         """γ times the sum over matrices of how far A and B are from orthonormal."""

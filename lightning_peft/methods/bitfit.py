@@ -12,7 +12,7 @@ from lightning_peft.methods import _bitfit_layers as layers
 from lightning_peft.methods import _bitfit_peft
 from lightning_peft.methods._host import Adapter
 from lightning_peft.methods._target_modules import in_attention, once, targeted
-from lightning_peft.methods._targets import base_modules, find, inside, matches, output_heads, pattern_faults
+from lightning_peft.methods._targets import base_modules, expression_faults, find, inside, matches, output_heads
 from lightning_peft.methods.base import Attachment, Method, PeftRoot, PeftTensor
 from lightning_peft.methods.errors import PEFTError
 
@@ -47,12 +47,7 @@ class BitFit(Method):
         if self.target_modules is not None and not self.target_modules:
             faults.append("target_modules: is empty; name at least one, or leave it out for every module with a bias")
         expressions = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
-        return faults + [
-            fault
-            for name, pattern in expressions.items()
-            if isinstance(pattern, str)
-            for fault in pattern_faults(name, pattern)
-        ]
+        return faults + expression_faults(expressions)
 
     def attachments(self, model: nn.Module, skip: Container[str]) -> Sequence[Attachment]:
         """One adapter for each module that has a bias, or is given one."""

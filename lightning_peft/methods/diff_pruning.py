@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.methods import _diff_layers as layers
 from lightning_peft.methods._host import Adapter, own_tensors
 from lightning_peft.methods._target_modules import once, targeted
-from lightning_peft.methods._targets import base_modules, inside, matches, pattern_faults
+from lightning_peft.methods._targets import base_modules, expression_faults, inside, matches
 from lightning_peft.methods.base import Attachment, Method
 from lightning_peft.methods.errors import PEFTError
 
@@ -84,12 +84,7 @@ class DiffPruning(Method):
             ),
         }
         expressions = {"target_modules": self.target_modules, "exclude_modules": self.exclude_modules}
-        return [fault for fault, is_broken in rules.items() if is_broken] + [
-            fault
-            for name, pattern in expressions.items()
-            if isinstance(pattern, str)
-            for fault in pattern_faults(name, pattern)
-        ]
+        return [fault for fault, is_broken in rules.items() if is_broken] + expression_faults(expressions)
 
     def attachments(self, model: nn.Module, skip: Container[str]) -> Sequence[Attachment]:
         """One adapter for each targeted module; tied parameters share one diff."""

@@ -13,7 +13,7 @@ from lightning_peft.methods import _ia3_peft
 from lightning_peft.methods._host import Adapter
 from lightning_peft.methods._ia3_targets import found_projections
 from lightning_peft.methods._target_modules import in_attention, once, targeted
-from lightning_peft.methods._targets import base_modules, find, matches, pattern_faults
+from lightning_peft.methods._targets import base_modules, expression_faults, find, matches
 from lightning_peft.methods.base import Attachment, Method, PeftRoot, PeftTensor
 from lightning_peft.methods.errors import PEFTError, suggestion
 
@@ -56,12 +56,7 @@ class IA3(Method):
             "feedforward_modules": self.feedforward_modules,
             "exclude_modules": self.exclude_modules,
         }
-        return faults + [
-            fault
-            for name, pattern in expressions.items()
-            if isinstance(pattern, str)
-            for fault in pattern_faults(name, pattern)
-        ]
+        return faults + expression_faults(expressions)
 
     def attachments(self, model: nn.Module, skip: Container[str]) -> Sequence[Attachment]:
         """One adapter for each targeted module."""

@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from lightning_peft.methods import _lora_layers as layers
 from lightning_peft.methods import _lora_peft, _lora_peft_tensors
 from lightning_peft.methods._host import Adapter
+from lightning_peft.methods._target_modules import CONVS, in_attention, linear_layers, once, with_attention_outputs
 from lightning_peft.methods._targets import (
     ALL_LINEAR,
     base_modules,
     find,
-    inside,
-    is_conv1d,
-    matches,
-    output_heads,
     pattern_faults,
     pattern_value,
 )
@@ -119,9 +116,8 @@ class LoRA(Method):
         owners = dict(base_modules(model))
         made = []
         for path, module in modules.items():
-            in_attention = isinstance(owners[path.rpartition(".")[0]], nn.MultiheadAttention)
             try:
-                made.append(Attachment(path, module, self._adapter(path, module, in_attention)))
+                made.append(Attachment(path, module, self._adapter(path, module, in_attention(path, owners))))
             except PEFTError as error:
                 faults += [f"target_modules: {path}: {fault}" for fault in error.faults]
         by_owner: dict[str, dict[str, str]] = {}
@@ -138,8 +134,7 @@ class LoRA(Method):
             made.append(Attachment(owner, owners[owner], layers.WeightsLoRA(owners[owner], ranks, self.weight)))
         if faults:
             raise PEFTError([f"{type(self).__name__}.{fault}" for fault in dict.fromkeys(faults)])
-        # a module that two names share is adapted once
-        return list({id(attachment.module): attachment for attachment in reversed(made)}.values())[::-1]
+        return once(made)
 
     def learning_rate_factors(self, attached: Mapping[str, Adapter]) -> dict[nn.Parameter, float]:
         """`lora_plus` for every B."""
@@ -174,27 +169,21 @@ class LoRA(Method):
         scale = alpha / math.sqrt(r) if self.rslora else alpha / r
         return {"r": r, "scale": scale, "dropout": self.dropout, "init": self.init}
 
-    def _adapter(self, path: str, module: nn.Module, in_attention: bool) -> Adapter:
+    def _adapter(self, path: str, module: nn.Module, is_read: bool) -> Adapter:
         options = self._options(path)
         if isinstance(module, nn.MultiheadAttention):
             names = [name for name, value in module.named_parameters(recurse=False) if name.endswith("proj_weight")]
             return layers.WeightsLoRA(module, dict.fromkeys(names, options), self.weight)
-        if in_attention:
+        if is_read:
             # attention reads its output layer's weight, and never calls the layer
             return layers.WeightsLoRA(module, {"weight": options}, self.weight)
-        kind = self.conv if isinstance(module, layers.CONVS) else self.linear
+        kind = self.conv if isinstance(module, CONVS) else self.linear
         return (self.embedding if isinstance(module, nn.Embedding) else kind)(module, **options)
 
     def _modules(self, model: nn.Module, skip: Container[str]) -> tuple[dict[str, nn.Module], list[str]]:
         modules = dict(base_modules(model))
         if self.target_modules == ALL_LINEAR:
-            heads = output_heads(model)
-            linear = {
-                path: module
-                for path, module in modules.items()
-                if (isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module))
-                and not inside(path, heads)
-            }
+            linear = linear_layers(model)
             if not linear:
                 return {}, [
                     f"target_modules: {ALL_LINEAR!r} matches nothing; {type(model).__name__} has no linear layer"
@@ -212,12 +201,7 @@ class LoRA(Method):
                 skip,
                 _describe,
             )
-        # attention's output layer is part of its attention
-        for path, module in list(found.items()):
-            output = f"{path}.out_proj"
-            if isinstance(module, nn.MultiheadAttention) and not matches(output, self.exclude_modules):
-                found.setdefault(output, module.out_proj)
-        return found, faults
+        return with_attention_outputs(found, self.exclude_modules), faults
 
     def _parameters(self, model: nn.Module, skip: Container[str]) -> tuple[dict[str, Tensor], list[str]]:
         if not self.target_parameters:
