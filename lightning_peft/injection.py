@@ -19,10 +19,13 @@ from lightning_peft.methods._host import (
     refusal,
     swap,
 )
+from lightning_peft.methods._quantized import drop_error, is_quantized
 from lightning_peft.methods._saved_copy import SavedCopy, saved_copies
+from lightning_peft.methods._sharded import ON_ONE, refuse_sharded
 from lightning_peft.methods._targets import base_modules, find
 from lightning_peft.methods.base import Attachment, Method
 from lightning_peft.methods.errors import PEFTError, suggestion
+from lightning_peft.quantization.convert import guard
 
 M = TypeVar("M", bound=nn.Module)
 RECORDS = "_peft_records"
@@ -49,7 +52,8 @@ def inject(model: M, method: Method, *, adapter_name: str = "default", modules_t
     """Attach `method`'s adapters to `model` in place, and freeze all else.
 
     The base keeps its modules, names, values and dtypes. A normalization layer with running statistics is kept in eval
-    mode, unless it is in `modules_to_save`.
+    mode, unless it is in `modules_to_save`. Layers that bitsandbytes has packed are guarded first, see
+    `lightning_peft.quantization.guard`.
 
     Args:
         model: any module, on any device, meta included.
@@ -64,7 +68,8 @@ def inject(model: M, method: Method, *, adapter_name: str = "default", modules_t
     Raises:
         PEFTError: with every fault of names and targets; the model is then as it was.
     """
-    saved, faults = _saved_modules(model, modules_to_save)
+    guard(model)
+    saved, faults = saved_modules(model, modules_to_save)
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         faults.append(
             f"adapter_name: {adapter_name!r} can't be one: it must be without dots, and no attribute of ModuleDict"
@@ -87,6 +92,11 @@ def inject(model: M, method: Method, *, adapter_name: str = "default", modules_t
         if id(module) in both
     ]
     faults += [f"{path}: {reason}" for path, module in {**targets, **whole}.items() if (reason := refusal(module))]
+    faults += [
+        f"modules_to_save: {path} is quantized, and can't be trained whole; name it in skip_modules of the quantization"
+        for path, module in whole.items()
+        if is_quantized(module)
+    ]
     if faults:
         raise PEFTError(list(dict.fromkeys(faults)))
     for path, module in base_modules(model):
@@ -101,6 +111,7 @@ def inject(model: M, method: Method, *, adapter_name: str = "default", modules_t
     for path, copy in saved_copies(whole).items():
         put(whole[path], adapter_name, copy)
     for _, module in base_modules(model):
+        drop_error(module)
         if has_statistics(module) and not isinstance(module, FrozenStatistics):
             swap(module, FrozenStatistics)
             module.train(module.training)
@@ -124,7 +135,11 @@ def remove(model: M) -> M:
 
     Returns:
         The same object; one without adapters is left as it is.
+
+    Raises:
+        PEFTError: the base is sharded.
     """
+    refuse_sharded(model, "remove", ON_ONE)
     injected = [(module, taken) for module in model.modules() if (taken := records(module))]
     for module in list(model.modules()):
         if isinstance(module, Swapped):
@@ -230,6 +245,22 @@ def has_statistics(module: nn.Module) -> bool:
     return bool(getattr(module, "track_running_stats", False)) and getattr(module, "running_mean", None) is not None
 
 
+def saved_modules(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, nn.Module], list[str]]:
+    """The modules that `modules_to_save=names` means, by path, and what is wrong with the names."""
+    if isinstance(names, str):
+        return {}, [f"modules_to_save: {names!r} is a string; give a list, [{names!r}]"]
+    found, faults = find(
+        "modules_to_save",
+        list(names),
+        dict(base_modules(model)),
+        lambda module: any(True for _ in module.parameters()),
+        exclude=[],
+        skip=(),
+        describe=lambda module: f"a {type(module).__name__} without parameters",
+    )
+    return found, faults
+
+
 def _refuse_merged(model: nn.Module, what: str) -> None:
     if any(host.merged_from for _, host in hosts(model)):
         raise PEFTError(f"{what}: the adapter is merged into the weights; call unmerge(model) first")
@@ -246,18 +277,3 @@ def _whole_modules(roots: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     found = {path: module for root, module in roots.items() for path, module in base_modules(module, root)}
     first = {id(module): path for path, module in reversed(found.items())}
     return {path: module for path, module in found.items() if first[id(module)] == path}
-
-
-def _saved_modules(model: nn.Module, names: Sequence[str]) -> tuple[dict[str, nn.Module], list[str]]:
-    if isinstance(names, str):
-        return {}, [f"modules_to_save: {names!r} is a string; give a list, [{names!r}]"]
-    found, faults = find(
-        "modules_to_save",
-        list(names),
-        dict(base_modules(model)),
-        lambda module: any(True for _ in module.parameters()),
-        exclude=[],
-        skip=(),
-        describe=lambda module: f"a {type(module).__name__} without parameters",
-    )
-    return found, faults

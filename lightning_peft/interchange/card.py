@@ -17,9 +17,11 @@ from lightning_peft.interchange.locations import PACKAGE
 from lightning_peft.interchange.roots import is_transformers_model, peft_root
 from lightning_peft.interchange.standalone import base_place
 from lightning_peft.methods._host import hosts, own_class
+from lightning_peft.methods._quantized import packed
+from lightning_peft.methods._targets import base_modules
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
-from lightning_peft.state import KEY
+from lightning_peft.state import KEY, base_quantization
 
 TAG = "lightning-peft"
 PIPELINES = {
@@ -148,7 +150,12 @@ def _what(model: nn.Module, root: nn.Module, active: Active, base: str, merged: 
     where = f"`{public_name(base)}`" if base else f"a {own_class(root).__name__}"
     local = " (a local folder; only its name is given here)" if base and is_local(base) else ""
     trained = {id(p): p.numel() for adapter in adapters(model, adapter_name).values() for p in adapter.parameters()}
-    total = sum(parameter.numel() for parameter in model.parameters())
+    numbers = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    for _, module in base_modules(model):
+        if (weight := packed(module)) is not None:
+            numbers[id(module._parameters["weight"])] = weight.shape.numel()
+    total = sum(numbers.values())
+    quantization = base_quantization(model)
     lines = [
         f"{where}{local}, fine-tuned by {kind}, with the update folded into its weights."
         if merged
@@ -159,6 +166,7 @@ def _what(model: nn.Module, root: nn.Module, active: Active, base: str, merged: 
         f"| method | {kind} |",
         *(f"| {name} | `{_shown(value)}` |" for name, value in changed_fields(method).items()),
         *([f"| trained whole | `{', '.join(saved)}` |"] if saved else []),
+        *([f"| base quantized to | {quantization} |"] if quantization else []),
         f"| trained parameters | {sum(trained.values()):,} of {total:,} ({sum(trained.values()) / total:.2%}) |",
     ]
     return "\n".join(lines)

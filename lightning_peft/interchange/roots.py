@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_peft.methods._host import hosts
 from lightning_peft.methods._targets import base_modules
+from lightning_peft.methods._targets import is_transformers_model as is_transformers_model
 
 
 def peft_root(model: nn.Module) -> tuple[str, nn.Module]:
@@ -34,13 +35,6 @@ def peft_root(model: nn.Module) -> tuple[str, nn.Module]:
         return "", model
     children = [(name, child) for name, child in model.named_children() if _takes_part(child, bool(needed))]
     return children[0] if len(children) == 1 else ("", model)
-
-
-def is_transformers_model(module: nn.Module) -> bool:
-    """Whether it is a transformers PreTrainedModel; asked without importing transformers."""
-    return any(
-        (c.__module__, c.__name__) == ("transformers.modeling_utils", "PreTrainedModel") for c in type(module).__mro__
-    )
 
 
 def _takes_part(child: nn.Module, injected: bool) -> bool:

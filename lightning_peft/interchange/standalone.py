@@ -13,10 +13,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_peft.interchange.locations import resolve
+from lightning_peft.interchange.merging import dense_dtype_of
 from lightning_peft.interchange.roots import is_transformers_model, peft_root
 from lightning_peft.methods._host import active, hosts, own_class, own_tensors
+from lightning_peft.methods._quantized import dense_weight, packed
+from lightning_peft.methods._sharded import ON_ONE, refuse_sharded
 from lightning_peft.methods._targets import base_modules, inside
 from lightning_peft.methods.errors import PEFTError
+from lightning_peft.quantization.others import is_bitsandbytes, is_conv1d_class
 from lightning_peft.state import base_keys
 
 SCALES_IF_TIED = {"switch_transformers"}
@@ -33,23 +37,27 @@ def save_merged(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | No
     """Write the transformers model in `model`, the active adapter and what was trained whole folded in, to `folder`.
 
     `from_pretrained` loads it without this package, and its outputs are those of `model`. Sums are taken in fp32. Where
-    an embedding and the head that is tied to it part, both are written and the configuration says so. The base's
-    tokenizer or processor goes beside it where it can be loaded. `model` itself is not changed.
+    an embedding and the head that is tied to it part, both are written and the configuration says so. A quantized base
+    is written in full, and the configuration then says nothing of a quantization. The base's tokenizer or processor
+    goes beside it where it can be loaded. `model` itself is not changed.
 
     Args:
         model: a transformers model with adapters, or a LightningModule that holds one.
         folder: made where it is missing; an earlier model in it is replaced.
-        dtype: the dtype of every floating-point tensor that is written; by default that of the base's.
+        dtype: the dtype of every floating-point tensor that is written; by default that of the base's, and for what was
+            quantized that of most of the rest.
 
     Returns:
         The folder.
 
     Raises:
-        PEFTError: `model` holds no transformers model, or adapters outside of it; no adapter is active, or the active
-            one can't be merged; the base is quantized; `folder` is the base's own or holds an adapter.
+        PEFTError: `model` holds no transformers model, or adapters outside of it; its base is sharded; no adapter is
+            active, or the active one can't be merged; the base is quantized by another library than bitsandbytes;
+            `folder` is the base's own or holds an adapter.
     """
     target = Path(folder)
     root: Any = _transformers_root(model)
+    refuse_sharded(root, "save_merged", ON_ONE)
     if faults := [*_root_faults(root), *_folder_faults(root, target), *_dtype_faults(dtype)]:
         raise PEFTError([f"save_merged: {fault}" for fault in faults])
     state = _merged_state(root, dtype)
@@ -58,6 +66,7 @@ def save_merged(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | No
     shell.__class__ = own_class(root)
     copies: dict[int, Any] = {}
     shell.config = copy.deepcopy(root.config, copies)
+    _forget_quantization(shell)
     if _parted(root, state):
         _untie(root, copies)
         state = {key: tensor.clone() for key, tensor in state.items()}
@@ -65,8 +74,8 @@ def save_merged(model: nn.Module, folder: str | Path, *, dtype: torch.dtype | No
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
         unfinished = Path(name)
         shell.save_pretrained(unfinished, state_dict=state)
-        if dtype is not None:
-            shell.config.dtype = dtype
+        if dtype is not None or _is_quantized(root):
+            shell.config.dtype = dtype or dense_dtype_of(root)
             shell.config.save_pretrained(unfinished)
         _write_processor(root, unfinished)
         _replace(target, unfinished)
@@ -94,12 +103,26 @@ def _root_faults(root: Any) -> list[str]:
     faults = []
     if not any(active(host) is not None or host.merged_from for _, host in hosts(root)):
         faults.append("no active adapter stands on the model; inject or load one, or set_adapter(model, name)")
-    if getattr(root, "hf_quantizer", None) is not None:
+    if getattr(root, "hf_quantizer", None) is not None and not _is_quantized(root):
+        method = getattr(root.hf_quantizer.quantization_config, "quant_method", "another library")
         faults.append(
-            "the base is quantized; load it in full precision (without quantization_config), load the adapter onto it, "
-            "and merge there"
+            f"the base is quantized by {getattr(method, 'value', method)}; load it in full precision (without "
+            "quantization_config), load the adapter onto it, and merge there"
         )
     return faults
+
+
+def _is_quantized(root: nn.Module) -> bool:
+    """Whether it has layers of bitsandbytes, which are dense where an adapter is merged into them."""
+    return any(is_bitsandbytes(module) for module in root.modules())
+
+
+def _forget_quantization(shell: Any) -> None:
+    """Leave out what transformers keeps of a quantization on a model; checked on 5.23."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(shell).pop(name, None)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        vars(shell.config).pop(name, None)
 
 
 def _folder_faults(root: Any, folder: Path) -> list[str]:
@@ -126,25 +149,39 @@ def base_place(root: nn.Module) -> str:
 
 @torch.no_grad()
 def _merged_state(root: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The base's state dict with the active adapters folded in, in `dtype` or the base's dtypes."""
+    """The base's state dict with the active adapters folded in, in `dtype` or the base's dtypes; nothing is packed in
+    it, and weights are stored as the classes of transformers store them."""
+    unpacked_dtype = dtype or dense_dtype_of(root)
+
+    def stored(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+        target = unpacked_dtype if packed(module, name) else own_tensors(module)[name].dtype
+        return tensor.detach().to(dtype if dtype is not None and target.is_floating_point else target)
+
     folded = {
-        (id(host), name): _cast(tensor.detach(), own_tensors(host)[name], dtype)
+        (id(host), name): stored(host, name, tensor)
         for _, host in hosts(root)
         if (adapter := active(host)) is not None
         for name, tensor in adapter.merged(host).items()
     }
     ours = base_keys(root)
-    state = {key: _cast(tensor, tensor, dtype) for key, tensor in root.state_dict().items() if key in ours}
+    state = {key: _cast(tensor, dtype) for key, tensor in root.state_dict().items() if key in ours}
     for path, module in base_modules(root):
+        prefix = f"{path}." if path else ""
         for name in own_tensors(module):
-            key = f"{path}.{name}" if path else name
-            if key in state and (id(module), name) in folded:
-                state[key] = folded[id(module), name]
-    return state
+            if f"{prefix}{name}" in ours:
+                tensor = folded.get((id(module), name))
+                tensor = stored(module, name, dense_weight(module, name)) if tensor is None else tensor
+                is_turned = name == "weight" and is_conv1d_class(getattr(module, "source_cls", type(None)))
+                state[f"{prefix}{name}"] = tensor.T.contiguous() if is_turned else tensor
+        if is_bitsandbytes(module):
+            # scales, and how they are to be read
+            more = (f"{prefix}weight.", f"{prefix}SCB", f"{prefix}weight_format")
+            ours -= {key for key in ours if key.startswith(more)}
+    return {key: tensor for key, tensor in state.items() if key in ours}
 
 
-def _cast(tensor: Tensor, frozen: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(dtype if dtype is not None and frozen.is_floating_point() else frozen.dtype)
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def _parted(root: Any, state: dict[str, Tensor]) -> bool:

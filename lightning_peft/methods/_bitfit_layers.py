@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.methods._host import Adapter, Base, adapter_dtype, own_tensors
+from lightning_peft.methods._quantized import features
 from lightning_peft.methods._target_modules import CONVS, weight_of
 from lightning_peft.methods._targets import is_conv1d
 from lightning_peft.methods.errors import PEFTError
@@ -67,11 +68,8 @@ class AddedBias(Adapter):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         weight = weight_of(module)
-        # a Linear's weight may be quantized, and then has another shape
-        features = (
-            module.out_features if isinstance(module, nn.Linear) else weight.shape[-1 if is_conv1d(module) else 0]
-        )
-        self.bias = nn.Parameter(torch.zeros(features, dtype=adapter_dtype(weight), device=weight.device))
+        out = module.out_channels if isinstance(module, CONVS) else features(module)[1]
+        self.bias = nn.Parameter(torch.zeros(out, dtype=adapter_dtype(weight), device=weight.device))
 
     def forward(self, base: Base, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         y = cast(Tensor, base(*args, **kwargs))

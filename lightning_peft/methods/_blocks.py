@@ -4,13 +4,15 @@ it holds for transformers' models and for others."""
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_peft.methods._host import Host, own_class
 from lightning_peft.methods._targets import base_modules, inside, is_conv1d
 
 OUTPUT = re.compile(
@@ -80,6 +82,43 @@ def find_blocks(model: nn.Module) -> list[Block]:
     for path, module in modules.items():
         first.setdefault(id(module), path)
     return [found[path] for path, module in modules.items() if path in found and first[id(module)] == path]
+
+
+def repeated_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """What `model` is mostly made of, by path: the layers that transformers would checkpoint, and beside them the
+    transformer blocks of other models; where there is neither, the repeated items of innermost lists."""
+    modules, layer = dict(base_modules(model)), _checkpointing_layer()
+    layers: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        if isinstance(module, layer) and not inside(path, layers):
+            layers[path] = module
+    for block in find_blocks(model):
+        if not inside(block.path, layers) and not any(inside(path, {block.path}) for path in layers):
+            layers[block.path] = modules[block.path]
+    return layers or _repeated_items(modules)
+
+
+def _checkpointing_layer() -> Any:
+    """transformers' class, for isinstance, where it has been imported; else none."""
+    return getattr(sys.modules.get("transformers.modeling_layers"), "GradientCheckpointingLayer", ())
+
+
+def _repeated_items(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for path, module in reversed(modules.items()):
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        items = {f"{path}.{name}": item for name, item in module.named_children() if _is_composed(item)}
+        kinds = [own_class(item) for item in items.values()]
+        if not any(inside(other, items) for other in found):
+            found |= {name: item for name, item in items.items() if kinds.count(own_class(item)) > 1}
+    return found
+
+
+def _is_composed(module: nn.Module) -> bool:
+    """Whether it is made of other modules and not just a list of them; a layer alone has nothing to gain."""
+    children = [name for name in module._modules if not (isinstance(module, Host) and name == "adapters")]
+    return bool(children) and not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
 
 
 def _block(path: str, module: nn.Module) -> Block:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.methods._sharded import is_sharded
 from lightning_peft.methods.errors import PEFTError
 
 Base = Callable[..., Any]
@@ -115,13 +116,17 @@ class Host(Swapped):
     def restore_merged(self) -> None:
         """Put back the tensors that were merged into: the very same objects, unless the module has moved since."""
         for name, original in self.merged_from.items():
-            moved = original.to(own_tensors(self)[name].device)
-            if isinstance(original, nn.Parameter):
-                self._parameters[name] = (
-                    nn.Parameter(moved, original.requires_grad) if moved is not original else original
-                )
-            else:
+            device = own_tensors(self)[name].device
+            moved = original if original.device == device else original.to(device)
+            if not isinstance(original, nn.Parameter):
                 self._buffers[name] = moved
+            elif isinstance(moved, nn.Parameter):
+                # the same, or a packed weight, which moves with its scales as the parameter that it is
+                self._parameters[name] = moved
+            else:
+                self._parameters[name] = nn.Parameter(moved, original.requires_grad)
+        if self.merged_from and (link := getattr(self, "link", None)) is not None:
+            link()  # a packed layer holds the scales of its weight
         self.merged_from = {}
 
     def take_off(self) -> None:
@@ -182,11 +187,11 @@ def _swapped_class(cls: Any, mixed_in: tuple[type, ...], names: tuple[str, ...])
     place = f"_swapped_class.<locals>.{cls.__name__}"
     body |= {"__module__": cls.__module__, "__qualname__": place, "_swapped": (cls, mixed_in, names)}
     swapped = cast("type[nn.Module]", type(cls.__name__, (*mixed_in, cls), body))
-    _record_outputs_of(cls, swapped)
+    record_outputs_of(cls, swapped)
     return swapped
 
 
-def _record_outputs_of(cls: type, swapped: type[nn.Module]) -> None:
+def record_outputs_of(cls: type, swapped: type[nn.Module]) -> None:
     """transformers looks up by how a class prints which hidden states and attentions it can give; checked on 5.23."""
     capturing: Any = sys.modules.get("transformers.utils.output_capturing")
     outputs = getattr(cls, "_can_record_outputs", None)
@@ -198,7 +203,8 @@ def _effective_property(name: str) -> property:
     def effective(self: Host) -> Tensor:
         frozen = own_tensors(self)[name]
         adapter = active(self)
-        if adapter is None or name not in adapter.overrides:
+        # a sharded one is gathered for each forward; FSDP alone asks for it in between, and means it as it is
+        if adapter is None or name not in adapter.overrides or is_sharded(frozen):
             return frozen
         if self._cached is not None and name in self._cached:
             return self._cached[name]

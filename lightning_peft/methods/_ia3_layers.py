@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.methods._host import Adapter, Base, adapter_dtype, own_tensors
+from lightning_peft.methods._quantized import dense_weight, features, is_quantized
 from lightning_peft.methods._target_modules import CONVS, weight_of
 from lightning_peft.methods._targets import is_conv1d
+from lightning_peft.methods.errors import PEFTError
 
 
 def is_scalable(module: nn.Module) -> bool:
@@ -36,9 +38,9 @@ class Scaling(Adapter):
         return scaled(frozen, self.factors(module)[name])
 
     def merged(self, module: nn.Module) -> dict[str, Tensor]:
-        tensors = own_tensors(module)
         return {
-            name: scaled(tensors[name].to(factors.dtype), factors) for name, factors in self.factors(module).items()
+            name: scaled(dense_weight(module, name, factors.dtype), factors)
+            for name, factors in self.factors(module).items()
         }
 
 
@@ -54,7 +56,12 @@ class LayerScaling(Scaling):
     def __init__(self, module: nn.Module, *, on_input: bool, is_read: bool) -> None:
         super().__init__()
         weight = weight_of(module)
-        features_in, features_out = _features(module, weight)
+        if is_read and is_quantized(module):
+            raise PEFTError(
+                f"the weight of this {type(module).__name__} is quantized, and another module reads it and would read "
+                "its codes; leave it out of quantization (skip_modules)"
+            )
+        features_in, features_out = _features(module)
         shape = (1, features_in) if on_input else (features_out, 1)
         self.on_input = on_input
         self.ia3_l = nn.Parameter(torch.ones(shape, dtype=adapter_dtype(weight), device=weight.device))
@@ -120,11 +127,6 @@ class AttentionScaling(Scaling):
         return {name: factors for name, factors in known.items() if name in own_tensors(module)}
 
 
-def _features(module: nn.Module, weight: Tensor) -> tuple[int, int]:
-    """Numbers of inputs and of outputs; a quantized weight's shape doesn't tell them."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, CONVS):
-        return module.in_channels, module.out_channels
-    features_in, features_out = weight.shape
-    return features_in, features_out
+def _features(module: nn.Module) -> tuple[int, int]:
+    """Numbers of inputs and of outputs."""
+    return (module.in_channels, module.out_channels) if isinstance(module, CONVS) else features(module)

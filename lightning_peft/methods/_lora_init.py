@@ -1,11 +1,15 @@
-"""Starts of LoRA's A and B that are taken from the frozen weight."""
+"""Starts of LoRA's A and B that are taken from the frozen weight, or from what was lost when it was quantized."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_peft.methods._quantized import kept_error
 from lightning_peft.methods.errors import PEFTError
+
+FROM_ERROR = "loftq"
+"""The init that starts from the error of quantization."""
 
 
 def from_weight_name(init: str) -> bool:
@@ -38,3 +42,27 @@ def from_weight(init: str, W: Tensor, r: int, scale: float) -> tuple[Tensor, Ten
         Vh = V.mH
     root = (S[..., :r] / scale).sqrt()
     return root[..., :, None] * Vh[..., :r, :], U[..., :r] * root[..., None, :]
+
+
+def from_error(module: nn.Module, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) such that s·BA is the best that rank r can say of W − Q, with Q the packed weight of
+    `module` and W what it was packed from.
+
+    That is LoftQ (arXiv 2310.08659, algorithm 1) with one step, after which Q is W quantized as ever. Further steps
+    would quantize W − s·BA in place of W: the base would be one that only this adapter's file could restore.
+
+    Raises:
+        PEFTError: W is not known any more.
+    """
+    kept = kept_error(module)
+    if kept is None:
+        raise PEFTError(
+            f"init: {FROM_ERROR!r} starts from what quantization loses, and this layer was quantized before; let "
+            f"PEFT(LoRA(init={FROM_ERROR!r}, …), quantization=…) quantize a base in full precision, or choose another "
+            "init"
+        )
+    A, B = kept
+    if len(A) < r:
+        raise PEFTError(f"r: {r} is more than the {len(A)} singular values of its error that were kept")
+    root = abs(scale) ** 0.5
+    return A[:r] / root, B[:, :r] * (root / scale)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.methods._host import Adapter, Base, adapter_dtype, own_tensors
-from lightning_peft.methods._lora_init import from_weight, from_weight_name
+from lightning_peft.methods._lora_init import FROM_ERROR, from_error, from_weight, from_weight_name
 from lightning_peft.methods._low_rank import (
     adapted_linear,
     as_written,
@@ -26,6 +26,7 @@ from lightning_peft.methods._low_rank import (
     linear_update,
     recomputed_update,
 )
+from lightning_peft.methods._quantized import dense_weight, features, is_quantized
 from lightning_peft.methods._target_modules import CONVS, weight_of
 from lightning_peft.methods._targets import is_conv1d
 from lightning_peft.methods.errors import PEFTError
@@ -78,15 +79,20 @@ class LowRank(Adapter):
     @torch.no_grad()
     def reset(self, module: nn.Module, init: str) -> None:
         """Set A and B to their start."""
-        weight = own_tensors(module)[self.weight_name]
-        if weight.is_meta:
+        if own_tensors(module)[self.weight_name].is_meta:
             return
-        if not from_weight_name(init):
+        if init == FROM_ERROR and is_quantized(module):
+            A, B = from_error(module, self.r, self.scale)
+        elif from_weight_name(init):
+            weight = dense_weight(module, self.weight_name, self.lora_A.dtype)
+            A, B = from_weight(init, self.as_matrix(weight), self.r, self.scale)
+        else:
             self.reset_randomly(init)
             return
-        A, B = from_weight(init, self.as_matrix(weight).to(self.lora_A.dtype), self.r, self.scale)
         self.lora_A.copy_(A.reshape(self.lora_A.shape))
         self.lora_B.copy_(B.reshape(self.lora_B.shape))
+        if init == FROM_ERROR:
+            return
         self.register_buffer("lora_A0", self.lora_A.detach().clone())
         self.register_buffer("lora_B0", self.lora_B.detach().clone())
 
@@ -133,7 +139,7 @@ class LowRank(Adapter):
         raise NotImplementedError
 
     def merged(self, module: nn.Module) -> dict[str, Tensor]:
-        weight = own_tensors(module)[self.weight_name]
+        weight = dense_weight(module, self.weight_name)
         return {self.weight_name: self.as_weight(self.adapted(module, weight, self.delta()), weight)}
 
     def extra_repr(self) -> str:
@@ -147,9 +153,7 @@ class LinearLoRA(LowRank):
         self.transposed = is_conv1d(module)
 
     def shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        if isinstance(module, nn.Linear):
-            return (self.r, module.in_features), (module.out_features, self.r)
-        features_in, features_out = own_tensors(module)[self.weight_name].shape
+        features_in, features_out = features(module)
         return (self.r, features_in), (features_out, self.r)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -265,6 +269,11 @@ class WeightLoRA(LowRank):
     rank_dims = (-2, -1)
 
     def note(self, module: nn.Module) -> None:
+        if is_quantized(module):
+            raise PEFTError(
+                f"the {self.weight_name} of this {type(module).__name__} is quantized, and would be read as its codes; "
+                "adapt the layer itself (target_modules), or leave it out of quantization (skip_modules)"
+            )
         # transformers marks experts that are stored as (experts, in, out)
         is_stack = own_tensors(module)[self.weight_name].dim() == 3
         self.stored_transposed = is_stack and bool(getattr(module, "is_transposed", False))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.methods._host import Adapter, Base, Host, adapter_dtype, own_class, own_tensors
 from lightning_peft.methods._peft_config import WHAT_PEFT_RAISES
+from lightning_peft.methods._quantized import dense_weight, is_quantized, packed
 from lightning_peft.methods._target_modules import in_attention
 from lightning_peft.methods._targets import base_modules, inside
 from lightning_peft.methods.errors import PEFTError
@@ -51,11 +52,12 @@ class PeftLayer(Adapter):
     def __init__(self, layer: nn.Module, shared: frozenset[str]) -> None:
         super().__init__()
         like = next((tensor for tensor in _base_of(layer).parameters() if tensor.is_floating_point()), None)
+        dtype = torch.float32 if is_quantized(_base_of(layer)) else None if like is None else adapter_dtype(like)
         del layer._modules["base_layer"]
         _set_base(layer, None)
         halves = (torch.bfloat16, torch.float16)
         self.low = {name: p.dtype for name, p in layer.named_parameters() if p.dtype in halves}
-        self.layer = layer if like is None else layer.to(adapter_dtype(like))
+        self.layer = layer if dtype is None else layer.to(dtype)
         self.shared = shared
 
     def forward(self, base: Base, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -78,24 +80,31 @@ class PeftLayer(Adapter):
                 delta = layer.get_delta_weight(ADAPTER)
             finally:
                 _set_base(layer, None)
-            return {"weight": own_tensors(module)["weight"].to(delta.dtype) + delta}
+            return {"weight": dense_weight(module, dtype=delta.dtype) + delta}
         if isinstance(module, nn.Conv2d) and layer.__class__.__module__ == "peft.tuners.oft.layer":
             # found on peft 0.21.2
             raise PEFTError(
                 "merge: peft's OFT sums overlapping patches of a convolution, which no weight computes; keep it "
                 "attached"
             )
+        if _is_for_packed(layer):
+            raise PEFTError(
+                f"merge: peft's {type(layer).__name__} packs what it merges into 4 or 8 bits again; keep it attached"
+            )
         layer = copy.deepcopy(layer)
         del vars(layer)["base_layer"]
         dtype = next(self.parameters()).dtype
         layer.base_layer = _twin(module, frozenset(), lambda tensor: tensor.detach().to(dtype, copy=True))
+        if is_quantized(module):
+            layer.base_layer._parameters["weight"] = nn.Parameter(dense_weight(module, dtype=dtype), False)
+            layer.quantization_backend = None
         try:
             layer.merge(safe_merge=True)
         except WHAT_PEFT_RAISES as error:
             raise PEFTError(f"merge: peft's {type(layer).__name__} can't be merged: {error}") from error
-        before = own_tensors(module)
         after = own_tensors(_base_of(layer))
-        return {name: after[name].detach() for name in before if not torch.equal(after[name], before[name].to(dtype))}
+        before = {name: dense_weight(module, name, dtype) for name in own_tensors(module)}
+        return {name: after[name].detach() for name in before if not torch.equal(after[name], before[name])}
 
 
 def peft_layers(config: Any, model: nn.Module, skip: Container[str]) -> dict[str, PeftLayer]:
@@ -136,6 +145,9 @@ def wrapped(config: Any, model: nn.Module, skip: Container[str]) -> Any:
     from peft import get_peft_model
 
     twin = _twin(model, skip, lambda tensor: tensor.detach())
+    # by what these say peft takes its layers for packed weights
+    kinds = {found.kind == "int8" for _, module in base_modules(model) if (found := packed(module)) is not None}
+    vars(twin).update(is_loaded_in_8bit=True in kinds, is_loaded_in_4bit=False in kinds)
     if not hasattr(twin, "config"):
         # peft looks up by the model's kind which modules to adapt
         inner = (getattr(module, "config", None) for _, module in base_modules(model))
@@ -169,7 +181,11 @@ def _twin(model: nn.Module, skip: Container[str], tensor_of: Callable[[Tensor], 
         # dicts are copied, so that no hook or buffer that peft adds is added to the model
         vars(new).update({name: copy.copy(v) if isinstance(v, dict) else v for name, v in vars(module).items()})
         for kind in ("_parameters", "_buffers"):
-            vars(new)[kind] = {name: same(tensor) for name, tensor in vars(module)[kind].items()}
+            vars(new)[kind] = {
+                # a packed weight is what it is by its class, and nothing is done to it
+                name: tensor if packed(module, name) else same(tensor)
+                for name, tensor in vars(module)[kind].items()
+            }
         vars(new)["_modules"] = {
             name: None if child is None else like(child, inner)
             for name, child in module._modules.items()
@@ -179,6 +195,16 @@ def _twin(model: nn.Module, skip: Container[str], tensor_of: Callable[[Tensor], 
         return new
 
     return like(model, "")
+
+
+def _is_for_packed(layer: nn.Module) -> bool:
+    """Whether it is of a class that peft has for packed weights alone."""
+    return type(layer).__module__.endswith(".bnb")
+
+
+def _unpacks(layer: nn.Module) -> bool:
+    """Whether it unpacks a packed weight before it reads it; checked on peft 0.21.2."""
+    return _is_for_packed(layer) or getattr(layer, "quantization_backend", None) is not None
 
 
 def _set_base(layer: nn.Module, base: _Frozen | None) -> None:
@@ -213,6 +239,11 @@ def _faults(twin: nn.Module, found: Mapping[str, nn.Module], model: nn.Module) -
         elif isinstance(modules[path], nn.MultiheadAttention) or in_attention(path, modules):
             faults.append(
                 f"{path}: nn.MultiheadAttention reads its weights, where peft's layers can't reach; exclude it"
+            )
+        elif is_quantized(modules[path]) and not _unpacks(layer):
+            faults.append(
+                f"{path}: it is quantized, and peft's {type(layer).__name__} takes its codes for weights; leave it out "
+                "of quantization (skip_modules), or choose a type that peft has for quantized layers (VERA, OFT, …)"
             )
         elif any(
             _moved(tensor, own_tensors(modules[path])[name]) for name, tensor in own_tensors(_base_of(layer)).items()

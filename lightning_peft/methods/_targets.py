@@ -29,6 +29,13 @@ def is_conv1d(module: nn.Module) -> bool:
     return any((c.__module__, c.__name__) == ("transformers.pytorch_utils", "Conv1D") for c in type(module).__mro__)
 
 
+def is_transformers_model(module: nn.Module) -> bool:
+    """Whether it is a transformers PreTrainedModel; asked without importing transformers."""
+    return any(
+        (c.__module__, c.__name__) == ("transformers.modeling_utils", "PreTrainedModel") for c in type(module).__mro__
+    )
+
+
 def matches(path: str, patterns: str | Sequence[str]) -> bool:
     """Whether `path` is meant: a string is a regular expression for the whole path, a list has names or path
     endings."""

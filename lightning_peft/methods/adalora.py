@@ -71,6 +71,7 @@ class AdaLoRA(Method):
 
     learning_rate: ClassVar[float] = 1e-2
     """A good start for AdamW: A and B start small, and Λ at zero between them."""
+    prunes: ClassVar[bool] = True
     training_only: ClassVar[frozenset[str]] = frozenset(
         {"target_r", "dropout", "target_modules", "exclude_modules", "tinit", "tfinal", "delta_t", "beta1", "beta2"}
         | {"orth_reg_weight", "total_steps"}

@@ -90,6 +90,10 @@ class Method:
     """AdamW's rate to start from, which a configuration that names none gets."""
     identity_at_start: ClassVar[bool] = True
     """Whether the model's outputs are the base's until the first step."""
+    prunes: ClassVar[bool] = False
+    """Whether it sets entries to zero for good while it trains, which an average over its steps would bring back."""
+    starts_from_error: ClassVar[bool] = False
+    """Whether its adapters start from what quantization loses, so that the base is needed in full precision first."""
     training_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that steer training or say where adapters go, but don't change what a set of trained tensors computes: a
     checkpoint written under other values of these still loads."""
@@ -119,6 +123,14 @@ class Method:
             PEFTError: with every target that matches nothing or can't be adapted.
         """
         raise NotImplementedError
+
+    def error_ranks(self, model: nn.Module) -> dict[str, int]:
+        """Of which layers, by path, the error is to be kept as they are quantized, and up to which rank.
+
+        Args:
+            model: any module, not yet quantized, on any device, meta included.
+        """
+        return {}
 
     def learning_rate_factors(self, attached: Mapping[str, Adapter]) -> dict[nn.Parameter, float]:
         """Parameters whose learning rate is a multiple of the optimizer's, with the factor.

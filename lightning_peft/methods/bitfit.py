@@ -37,7 +37,7 @@ class BitFit(Method):
     """Give a bias of zeros to each Linear, Conv1D and convolution in `target_modules` that has none; where those are
     not given, to each one outside of the output head."""
 
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
     training_only: ClassVar[frozenset[str]] = frozenset({"target_modules", "exclude_modules", "add_missing"})
     peft_defaults: ClassVar[Mapping[str, Any]] = _bitfit_peft.DEFAULTS
 

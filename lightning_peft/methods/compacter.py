@@ -68,7 +68,7 @@ class Compacter(Houlsby):
     n: int = 4
     """How many Kronecker products are summed; it must divide every place's width and its bottleneck's."""
 
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
 
     def faults(self) -> list[str]:
         """What is wrong with the fields."""

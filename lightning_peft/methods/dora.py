@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.methods import _lora_layers as layers
-from lightning_peft.methods._host import own_tensors
+from lightning_peft.methods._quantized import PackedWeight, stored
 from lightning_peft.methods.lora import LoRA
 
 
@@ -20,15 +20,16 @@ class _Magnitude(layers.LowRank):
     def reset(self, module: nn.Module, init: str) -> None:
         super().reset(module, init)
         # the same norm as forward takes, so that m / norm starts as 1 to the bit
-        self.lora_magnitude_vector = nn.Parameter(self.row_norm(own_tensors(module)[self.weight_name]).clone())
+        self.lora_magnitude_vector = nn.Parameter(self.row_norm(stored(module, self.weight_name)).clone())
 
     @torch.no_grad()
-    def row_norm(self, weight: Tensor) -> Tensor:
+    def row_norm(self, weight: Tensor | PackedWeight) -> Tensor:
         """‖W + s·BA‖ (…, out) in the adapter's dtype, which section 4.3 of the paper keeps out of the gradient."""
+        assert isinstance(weight, Tensor)  # only linear layers are packed
         norm: Tensor = torch.linalg.vector_norm(self.as_matrix(weight).to(self.lora_A.dtype) + self.delta(), dim=-1)
         return norm
 
-    def ratio(self, weight: Tensor) -> Tensor:
+    def ratio(self, weight: Tensor | PackedWeight) -> Tensor:
         """m / ‖W + s·BA‖ (…, out); a row of zeros has magnitude 0 and keeps it until it is trained."""
         norm = self.row_norm(weight)
         magnitude: Tensor = self.lora_magnitude_vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)
@@ -41,17 +42,24 @@ class _Magnitude(layers.LowRank):
         spatial = (1,) * len(getattr(module, "kernel_size", ()))
         # as the module sees it: another method may train it
         bias = getattr(module, "bias", None)
-        change = (self.ratio(own_tensors(module)[self.weight_name]) - 1).to(z.dtype).view(-1, *spatial)
+        change = (self.ratio(stored(module, self.weight_name)) - 1).to(z.dtype).view(-1, *spatial)
         return torch.addcmul(z, change, z if bias is None else z - bias.to(z.dtype).view(-1, *spatial))
 
 
 class LinearDoRA(_Magnitude, layers.LinearLoRA):
-    """Linear and Conv1D, with ‖W + s·BA‖² = ‖W‖² + 2s·Σ B∘(WAᵀ) + s²·Σ B∘(B(AAᵀ)), which forms no BA."""
+    """Linear and Conv1D, with ‖W + s·BA‖² = ‖W‖² + 2s·Σ B∘(WAᵀ) + s²·Σ B∘(B(AAᵀ)), which forms no BA.
+
+    A packed W is unpacked a part at a time, and nothing of it is kept.
+    """
 
     @torch.no_grad()
-    def row_norm(self, weight: Tensor) -> Tensor:
-        W = self.as_matrix(weight)
+    def row_norm(self, weight: Tensor | PackedWeight) -> Tensor:
         A, B = self.factors()
+        if isinstance(weight, PackedWeight):
+            return torch.cat([self._row_norm(W, A, B[rows]) for rows, W in weight.rows()])
+        return self._row_norm(self.as_matrix(weight), A, B)
+
+    def _row_norm(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
         square: Tensor = torch.linalg.vector_norm(W, dim=-1, dtype=A.dtype).square()
         cross = (B * (W @ A.to(W.dtype).T).to(B.dtype)).sum(-1)
         own = (B * (B @ (A @ A.T))).sum(-1)

@@ -37,6 +37,8 @@ class Hybrid(Method):
         only = self.methods[0] if len(self.methods) == 1 else Method
         vars(self).update(
             identity_at_start=all(part.identity_at_start for part in self.methods),
+            prunes=any(part.prunes for part in self.methods),
+            starts_from_error=any(part.starts_from_error for part in self.methods),
             peft_defaults=only.peft_defaults,
             peft_prefix=only.peft_prefix,
         )
@@ -73,6 +75,10 @@ class Hybrid(Method):
         if faults:
             raise PEFTError([f"Hybrid.{fault}" for fault in dict.fromkeys(faults)])
         return [Attachment(*first[key], chained(adapters)) for key, adapters in parts.items()]
+
+    def error_ranks(self, model: nn.Module) -> dict[str, int]:
+        """Those of all parts, no two of which update one weight."""
+        return {path: rank for part in self.methods for path, rank in part.error_ranks(model).items()}
 
     def learning_rate_factors(self, attached: Mapping[str, Adapter]) -> dict[nn.Parameter, float]:
         """Those of all parts."""

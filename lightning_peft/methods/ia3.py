@@ -38,7 +38,7 @@ class IA3(Method):
     exclude_modules: str | list[str] = field(default_factory=list)
     """Modules to leave out, written as `target_modules` are."""
 
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
     training_only: ClassVar[frozenset[str]] = frozenset({"target_modules", "exclude_modules"})
     peft_defaults: ClassVar[Mapping[str, Any]] = _ia3_peft.DEFAULTS
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lightning_peft.methods import _lora_layers as layers
 from lightning_peft.methods import _lora_peft, _lora_peft_tensors
 from lightning_peft.methods._host import Adapter
+from lightning_peft.methods._lora_init import FROM_ERROR
+from lightning_peft.methods._quantized import is_quantized
 from lightning_peft.methods._target_modules import CONVS, in_attention, linear_layers, once, with_attention_outputs
 from lightning_peft.methods._targets import (
     ALL_LINEAR,
@@ -24,7 +26,7 @@ from lightning_peft.methods._targets import (
 from lightning_peft.methods.base import Attachment, Method, PeftRoot, PeftTensor
 from lightning_peft.methods.errors import PEFTError, suggestion
 
-INITS = ("default", "gaussian", "pissa", "pissa_niter_16", "olora")
+INITS = ("default", "gaussian", "pissa", "pissa_niter_16", "olora", FROM_ERROR)
 
 
 @dataclass(kw_only=True)
@@ -59,13 +61,14 @@ class LoRA(Method):
     """Scale by alpha / √r instead (rank-stabilized LoRA, arXiv 2312.03732)."""
     init: str = "default"
     """Start of A and B: "default" (Kaiming-uniform and zero), "gaussian" (normal with deviation 1/r, and zero), "pissa"
-    (the largest singular values of W, arXiv 2404.02948), "pissa_niter_N" (the same by N power iterations, faster) or
-    "olora" (the QR factors of W, arXiv 2406.01775)."""
+    (the largest singular values of W, arXiv 2404.02948), "pissa_niter_N" (the same by N power iterations, faster),
+    "olora" (the QR factors of W, arXiv 2406.01775) or "loftq" (the largest singular values of what quantization takes
+    from W, arXiv 2310.08659, with one step: outputs then start nearer to those of the base before it was quantized)."""
     lora_plus: float | None = None
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354; the paper's choice is 16). None: the same. A floor of
     the schedule (`eta_min`) is one for both."""
 
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-3
     training_only: ClassVar[frozenset[str]] = frozenset(
         {"dropout", "target_modules", "target_parameters", "exclude_modules", "lora_plus"}
     )
@@ -108,11 +111,26 @@ class LoRA(Method):
         broken = [fault for name, patterns in expressions.items() for fault in pattern_faults(name, patterns)]
         return [fault for fault, is_broken in rules.items() if is_broken] + broken
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init == FROM_ERROR:
+            vars(self).update(starts_from_error=True, identity_at_start=False)
+
+    def error_ranks(self, model: nn.Module) -> dict[str, int]:
+        """Of every targeted module, with the init "loftq"."""
+        modules = self._modules(model, ())[0] if self.starts_from_error else {}
+        return {path: pattern_value(self.rank_pattern, path, self.r) for path in modules}
+
     def attachments(self, model: nn.Module, skip: Container[str]) -> Sequence[Attachment]:
         """One adapter for each targeted module or parameter."""
         modules, faults = self._modules(model, skip)
         parameters, more = self._parameters(model, skip)
         faults += more + self._pattern_faults([*modules, *parameters])
+        if self.starts_from_error and modules and not any(is_quantized(module) for module in modules.values()):
+            faults.append(
+                f"init: {self.init!r} starts from what quantization loses, and no targeted module is quantized; let "
+                "PEFT(…, quantization='nf4-dq') quantize the base, or choose another init"
+            )
         owners = dict(base_modules(model))
         made = []
         for path, module in modules.items():
@@ -131,7 +149,10 @@ class LoRA(Method):
             if owner in modules:
                 faults.append(f"target_parameters: {owner} is in target_modules too")
             ranks = {name: self._options(path) for name, path in names.items()}
-            made.append(Attachment(owner, owners[owner], layers.WeightsLoRA(owners[owner], ranks, self.weight)))
+            try:
+                made.append(Attachment(owner, owners[owner], layers.WeightsLoRA(owners[owner], ranks, self.weight)))
+            except PEFTError as error:
+                faults += [f"target_parameters: {owner}: {fault}" for fault in error.faults]
         if faults:
             raise PEFTError([f"{type(self).__name__}.{fault}" for fault in dict.fromkeys(faults)])
         return once(made)

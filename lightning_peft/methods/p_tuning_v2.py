@@ -26,7 +26,7 @@ class PTuningV2(PrefixMethod):
     num_virtual_tokens: int = 20
     """How many keys and values are put in front, 1 or more."""
 
-    learning_rate: ClassVar[float] = 2e-2
+    learning_rate: ClassVar[float] = 5e-2
 
     def prefixes(self, modules: Mapping[str, nn.Module]) -> dict[str, PrefixAdapter]:
         """One of its own for each."""

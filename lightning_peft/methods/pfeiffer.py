@@ -21,7 +21,7 @@ class Pfeiffer(BottleneckMethod):
         PEFTError: with every field that breaks its rule.
     """
 
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
 
     def block_places(self, block: Block) -> Iterator[Place]:
         """The output of the feed-forward."""

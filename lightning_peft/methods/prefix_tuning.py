@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.methods import _prefix_peft
+from lightning_peft.methods._host import Adapter
 from lightning_peft.methods._prefix import FreePrefix, PrefixAdapter, key_shape, new
 from lightning_peft.methods._prefix_method import PrefixMethod
 from lightning_peft.methods.base import PeftRoot
+
+MLP_RATE = 0.03
+"""The learning rate of E and the MLP in multiples of the optimizer's: a step of Adam moves an entry of P by the sum of
+what all weights of its row are moved by, and a head beside it, or a prefix without an MLP, takes the whole rate."""
 
 
 class MLPPrefix(PrefixAdapter):
@@ -57,7 +62,8 @@ class PrefixTuning(PrefixMethod):
     r"""K ← [P_k; K], V ← [P_v; V] in every attention, with [P_k; P_v] = MLP(E) for all layers.
 
     E (n, width of the keys) and the MLP, of one hidden layer with tanh, are trained; an export holds P alone. Tokens
-    are counted from position n on, as after n real ones. Source: arXiv 2101.00190.
+    are counted from position n on, as after n real ones. E and the MLP learn at `MLP_RATE` times the optimizer's rate:
+    the paper's 5e-5 is theirs. Source: arXiv 2101.00190.
 
     Raises:
         PEFTError: with every field that breaks its rule.
@@ -70,7 +76,8 @@ class PrefixTuning(PrefixMethod):
     hidden_size: int = 512
     """Width of the MLP's hidden layer, 1 or more."""
 
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-2
+    """Of the head beside it, and of P where it has no MLP."""
 
     def faults(self) -> list[str]:
         """What is wrong with the fields."""
@@ -87,6 +94,11 @@ class PrefixTuning(PrefixMethod):
         heads, width, _ = key_shape(first)
         shared = shared_layer(first, n, heads * width, self.hidden_size)
         return {path: MLPPrefix(module, n, shared) for path, module in modules.items()}
+
+    def learning_rate_factors(self, attached: Mapping[str, Adapter]) -> dict[nn.Parameter, float]:
+        """E and the MLP learn more slowly."""
+        made = [adapter for adapter in attached.values() if isinstance(adapter, MLPPrefix)]
+        return {parameter: MLP_RATE for adapter in made for parameter in adapter.parameters()}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], keys: Sequence[str], root: PeftRoot) -> PrefixTuning:

@@ -40,7 +40,7 @@ class PromptTuning(PromptMethod):
     tokenizer: str | None = None
     """The tokenizer for `init_text`, a folder or a hub id: that of the model."""
 
-    learning_rate: ClassVar[float] = 3e-2
+    learning_rate: ClassVar[float] = 0.3
     training_only: ClassVar[frozenset[str]] = frozenset({"init", "init_text", "tokenizer"})
     peft_defaults: ClassVar[Mapping[str, Any]] = _prompts_peft.PROMPT_TUNING
 

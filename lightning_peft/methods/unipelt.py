@@ -50,7 +50,7 @@ class UniPELT(Method):
     dropout: float = 0.0
     """Probability of dropping an element of a layer's input on its way to LoRA's A, below 1."""
 
-    learning_rate: ClassVar[float] = 5e-4
+    learning_rate: ClassVar[float] = 2e-3
     identity_at_start: ClassVar[bool] = False
     training_only: ClassVar[frozenset[str]] = frozenset({"dropout"})
 

@@ -1,7 +1,9 @@
 """Which tensors are the adapter's, how they are stored, and whether they fit the model that they are loaded into."""
 
+from lightning_peft.state.checksum import checksum
 from lightning_peft.state.files import AtomicCheckpointIO, read_checkpoint
-from lightning_peft.state.fingerprint import Fingerprint, fingerprint, sample_bytes
+from lightning_peft.state.fingerprint import Fingerprint, fingerprint, keep_sample, sample_bytes
+from lightning_peft.state.frozen import frozen_buffers, frozen_tensors
 from lightning_peft.state.rng import RNGState, rng_state, set_rng_state
 from lightning_peft.state.selection import (
     adapter_tensors,
@@ -9,6 +11,7 @@ from lightning_peft.state.selection import (
     base_fingerprint,
     base_keys,
     base_parameters,
+    base_quantization,
     tensor_faults,
 )
 from lightning_peft.state.spec import KEY, Spec, make_spec, method_of, spec_faults, spec_of
@@ -24,7 +27,12 @@ __all__ = [
     "base_fingerprint",
     "base_keys",
     "base_parameters",
+    "base_quantization",
+    "checksum",
     "fingerprint",
+    "frozen_buffers",
+    "frozen_tensors",
+    "keep_sample",
     "make_spec",
     "method_of",
     "read_checkpoint",

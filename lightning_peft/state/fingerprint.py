@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_peft.methods._quantized import PackedWeight, stored
 
 SAMPLES = 64
 """Values read of each tensor."""
 
 Fingerprint = dict[str, str]
+KEPT = "_sampled"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a fingerprint takes of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    values: bytes
+
+    @classmethod
+    def of(cls, tensor: Tensor | PackedWeight) -> Sampled:
+        """Of a tensor, or a packed weight, that is here as a whole."""
+        return cls(tuple(tensor.shape), _dtype(tensor), _sample(tensor))
+
+
+def keep_sample(module: nn.Module, name: str) -> None:
+    """Keep what a fingerprint takes of the module's own tensor `name`, which is about to be sharded."""
+    vars(module).setdefault(KEPT, {})[name] = Sampled.of(stored(module, name))
+
+
+def kept_sample(module: nn.Module, name: str) -> Sampled | None:
+    """What `keep_sample` kept."""
+    return cast("Sampled | None", vars(module).get(KEPT, {}).get(name))
 
 
 def sample_bytes(tensor: Tensor, samples: int = SAMPLES) -> bytes:
@@ -23,20 +53,37 @@ def sample_bytes(tensor: Tensor, samples: int = SAMPLES) -> bytes:
     return bytes(flat[::step][:samples].contiguous().view(torch.uint8).cpu().tolist()) if flat.numel() else b""
 
 
-def fingerprint(base: Mapping[str, Tensor]) -> Fingerprint:
+def fingerprint(base: Mapping[str, Tensor | PackedWeight | Sampled]) -> Fingerprint:
     """SHA-256 digests of the base's names and shapes, of its dtypes, and of sampled values.
+
+    A packed weight has the shape that it stands for, its kind for a dtype, and its codes and scales for values, in
+    whatever dtype they are stored.
 
     Args:
         base: the frozen parameters by name. 1 GB of them takes well under a second, since only `SAMPLES` values of each
             are read.
     """
-    tensors = sorted(base.items())
+    taken = [(name, it if isinstance(it, Sampled) else Sampled.of(it)) for name, it in sorted(base.items())]
     parts = {
-        "structure": "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors).encode(),
-        "dtypes": "\n".join(str(tensor.dtype) for _, tensor in tensors).encode(),
-        "values": b"".join(hashlib.sha256(sample_bytes(tensor)).digest() for _, tensor in tensors),
+        "structure": "\n".join(f"{name} {sampled.shape}" for name, sampled in taken).encode(),
+        "dtypes": "\n".join(sampled.dtype for _, sampled in taken).encode(),
+        "values": b"".join(hashlib.sha256(sampled.values).digest() for _, sampled in taken),
     }
     return {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+
+
+def _dtype(tensor: Tensor | PackedWeight) -> str:
+    return tensor.kind if isinstance(tensor, PackedWeight) else str(tensor.dtype)
+
+
+def _sample(tensor: Tensor | PackedWeight) -> bytes:
+    if isinstance(tensor, PackedWeight):
+        if tensor.data.is_meta:
+            return b""
+        # the last bits of a mean depend on the device that took it, so of this one only the size counts
+        size = round(8 * math.log2(tensor.offset)) if tensor.offset > 0 else 0
+        return sample_bytes(tensor.data.view(torch.uint8)) + sample_bytes(tensor.scales) + str(size).encode()
+    return sample_bytes(tensor)
 
 
 def differences(ours: Fingerprint, theirs: Fingerprint) -> list[str]:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from lightning_peft.injection import adapter_names, records
 from lightning_peft.methods._host import Host
+from lightning_peft.methods._quantized import PackedWeight, packed
 from lightning_peft.methods._targets import base_modules, inside
 from lightning_peft.methods.errors import suggestion
-from lightning_peft.state.fingerprint import Fingerprint, fingerprint
+from lightning_peft.state.fingerprint import Fingerprint, Sampled, fingerprint, kept_sample
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -25,15 +26,17 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
-def base_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The base's parameters by name, all adapters left out; a tied one has its first name only."""
+def base_parameters(model: nn.Module) -> dict[str, Tensor | PackedWeight | Sampled]:
+    """The base's parameters by name, all adapters left out; a tied one has its first name only. Of one that was sharded
+    as it was loaded, what was kept for a fingerprint."""
     seen: dict[int, str] = {}
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor | PackedWeight | Sampled] = {}
     for path, module in base_modules(model):
         originals = module.merged_from if isinstance(module, Host) else {}
         for name, parameter in module._parameters.items():
             if parameter is not None and seen.setdefault(id(parameter), key := _key(path, name)) == key:
-                found[key] = originals.get(name, parameter)
+                original = originals.get(name, parameter)
+                found[key] = kept_sample(module, name) or packed(module, name, original) or original
     return found
 
 
@@ -53,6 +56,12 @@ def base_keys(model: nn.Module) -> set[str]:
     return set(model.state_dict()) - ours
 
 
+def base_quantization(model: nn.Module) -> str:
+    """How weights of the base are packed, such as `nf4-dq`, or several of these; empty where none is."""
+    kinds = {found.kind for _, module in base_modules(model) if (found := packed(module)) is not None}
+    return ", ".join(sorted(kinds))
+
+
 def base_fingerprint(model: nn.Module, adapter_name: str) -> Fingerprint:
     """The identity of `model`'s base; originals of modules that are trained whole count by name and shape alone.
 
@@ -61,7 +70,7 @@ def base_fingerprint(model: nn.Module, adapter_name: str) -> Fingerprint:
     whole = records(model)[adapter_name].saved_modules
     return fingerprint(
         {
-            name: parameter.detach().to("meta") if inside(name, whole) else parameter
+            name: parameter.detach().to("meta") if inside(name, whole) and isinstance(parameter, Tensor) else parameter
             for name, parameter in base_parameters(model).items()
         }
     )

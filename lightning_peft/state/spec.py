@@ -18,8 +18,27 @@ FORMAT = 1
 Spec = dict[str, Any]
 
 
-def make_spec(method: Method, adapter_name: str, modules_to_save: list[str], base: Fingerprint) -> Spec:
-    """The spec of one adapter, in plain types that `torch.load(weights_only=True)` takes."""
+def make_spec(
+    method: Method,
+    adapter_name: str,
+    modules_to_save: list[str],
+    base: Fingerprint,
+    *,
+    quantization: Mapping[str, Any] | None = None,
+    base_dtype: str | None = None,
+    stored: str = "",
+) -> Spec:
+    """The spec of one adapter, in plain types that `torch.load(weights_only=True)` takes.
+
+    Args:
+        method: the method.
+        adapter_name: the name under which the adapter stands.
+        modules_to_save: what is trained whole.
+        base: the identity of the base, as it is stored now.
+        quantization: how the callback quantized the base, by field; None where it did not.
+        base_dtype: the dtype that the callback cast the base to; None where it did not.
+        stored: how the base's weights are quantized, whoever did it, such as `nf4-dq`; empty where none is.
+    """
     try:
         own_version = version("lightning-peft")
     except PackageNotFoundError:
@@ -31,6 +50,9 @@ def make_spec(method: Method, adapter_name: str, modules_to_save: list[str], bas
         "adapter_name": adapter_name,
         "modules_to_save": modules_to_save,
         "base": base,
+        "quantization": None if quantization is None else dict(quantization),
+        "base_dtype": base_dtype,
+        "stored": stored,
     }
 
 
@@ -93,11 +115,37 @@ def spec_faults(ours: Spec, theirs: Spec, allow_other_base: bool) -> list[str]:
         )
     other = differences(ours["base"], theirs["base"])
     if other and not allow_other_base:
+        why, mend = _loaded_otherwise(ours, theirs)
         faults.append(
-            f"the base is not the one that the adapter was trained on (other {' and other '.join(other)}); load that "
-            "base, or pass allow_other_base=True if you mean it"
+            f"the base is not the one that the adapter was trained on (other {' and other '.join(other)}){why}; "
+            f"{mend or 'load that base'}, or pass allow_other_base=True if you mean it"
         )
     return faults
+
+
+def _loaded_otherwise(ours: Spec, theirs: Spec) -> tuple[str, str]:
+    """What of two bases differs by the way in which they were loaded, and what to do; both empty where nothing does.
+
+    A checkpoint from before bases could be quantized says nothing of it.
+    """
+    own, its = ours.get("stored", ""), theirs.get("stored", "")
+    asked: Mapping[str, Any] = theirs.get("quantization") or {}
+    if own != its:
+        why = f"it was {f'quantized to {its}' if its else 'not quantized'} there and is {own or 'not quantized'} here"
+        # where a module quantizes its base by itself, the callback has nothing to be told
+        if its:
+            return f": {why}", f"pass quantization={its!r}" if asked else f"load it as {its}"
+        return f": {why}", "leave quantization out" if ours.get("quantization") else "load it in full precision"
+    mine: Mapping[str, Any] = ours.get("quantization") or {}
+    fields = [
+        f"quantization's {name} was {value!r} there and is {mine[name]!r} here"
+        for name, value in asked.items()
+        if name in mine and mine[name] != value
+    ]
+    dtype, own_dtype = theirs.get("base_dtype"), ours.get("base_dtype")
+    if dtype != own_dtype:
+        fields.append(f"base_dtype was {dtype!r} there and is {own_dtype!r} here")
+    return (f": {' and '.join(fields)}", "load it as it was there") if fields else ("", "")
 
 
 def _method_faults(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -336,7 +336,7 @@ class Subject:
 
     def run(self, model: nn.Module, seed: int = 0, x: Tensor | None = None) -> Tensor:
         x = batch(self.case, seed) if x is None else x
-        dtype = next(parameter.dtype for parameter in model.parameters())
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
         return self.case.call(model, x.to(dtype) if x.is_floating_point() else x)
 
     def values(self, model: nn.Module, seed: int = 0) -> Tensor:
@@ -377,13 +377,13 @@ def refusal(method: type[Method], case: Case) -> str | None:
     return None
 
 
-def each(*names: str, refused_too: bool = False) -> pytest.MarkDecorator:
-    """Every method on every case, or on the cases `names`, that has the fields which the case asks for."""
-    assert set(names) <= {case.name for case in CASES}
+def each(*names: str, refused_too: bool = False, cases: Sequence[Case] = CASES) -> pytest.MarkDecorator:
+    """Every method on every one of `cases`, or on those with `names`, that has the fields which the case asks for."""
+    assert set(names) <= {case.name for case in cases}
     fields = {method: {field.name for field in dataclasses.fields(method)} for method in METHODS.values()}  # type: ignore[arg-type]
     params = [
         pytest.param(Subject(method, case, refused_too), id=f"{name}-{case.name}")
-        for case in CASES
+        for case in cases
         if not names or case.name in names
         for name, method in METHODS.items()
         if not case.parameters or "target_parameters" in fields[method]

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_peft import DoRA, LoRA, PEFTError, inject
 
-INITS = "default, gaussian, pissa, pissa_niter_16, olora"
+INITS = "default, gaussian, pissa, pissa_niter_16, olora, loftq"
 WRONG_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "r 0": ({"r": 0}, "r: 0 is not a rank; it must be 1 or more"),
     "r negative": ({"r": -3}, "r: -3 is not a rank; it must be 1 or more"),

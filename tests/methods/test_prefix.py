@@ -324,6 +324,17 @@ def test_the_layers_of_one_mlp_share_its_first_half_and_nothing_else() -> None:
     )
 
 
+def test_the_mlp_learns_more_slowly_than_what_stands_beside_it() -> None:
+    model = inject(build("llama"), PrefixTuning(num_virtual_tokens=N), modules_to_save=["lm_head"])
+    factors = PrefixTuning().learning_rate_factors(adapters(model, "default"))
+    head = {"lm_head.adapters.default.weight"}
+    assert {name for name, p in trainable_parameters(model).items() if p not in factors} == head
+    assert set(factors.values()) == {0.03}
+    assert len(factors) == 3 + 2 * 2
+    free = inject(build("llama"), PrefixTuning(reparameterize=False))
+    assert PrefixTuning().learning_rate_factors(adapters(free, "default")) == {}
+
+
 def test_encoders_of_images_take_a_prefix_too() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
     vit = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))
