@@ -47,7 +47,7 @@ def command(method: str, seed: int, folder: Path, short: bool) -> list[str]:
     """The words of one run."""
     words = [sys.executable, "-m", "lightning_peft", "fit", "--config", str(CONFIG), f"--seed_everything={seed}"]
     if method == PROBE:
-        words += ["--model=examples.methods_table.LinearProbe", "--model.learning_rate=1e-2", "--peft.method=null"]
+        words += ["--model=examples.methods_table.LinearProbe", "--model.learning_rate=3e-2", "--peft.method=null"]
     else:
         words += [f"--peft.method={method}"]
     words += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}"]
@@ -132,7 +132,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(header, justify="left" if header == "method" else "right")
     for method in sorted(mean, key=lambda name: -mean[name]):
         own = [row for row in rows if row["method"] == method]
-        rate = f"{METHODS[method].learning_rate:g}" if method in METHODS else "0.01"
+        rate = f"{METHODS[method].learning_rate:g}" if method in METHODS else "0.03"
         spread = max(accuracies[method]) - min(accuracies[method])
         above = f"{mean[method] - mean[PROBE]:+.3f}" if PROBE in mean and method != PROBE else ""
         seconds = statistics.median(int(row["seconds"]) for row in own)

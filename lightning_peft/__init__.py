@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.registration import register_strategies
+
 if TYPE_CHECKING:
     from lightning_peft.callback import PEFT, load_from_checkpoint
     from lightning_peft.injection import (
@@ -15,12 +17,14 @@ if TYPE_CHECKING:
     )
     from lightning_peft.interchange import export_adapter, import_adapter, merge, save_merged, unmerge
     from lightning_peft.methods import METHODS, Method, PEFTError
+    from lightning_peft.strategies import PEFTDDPStrategy, PEFTFSDPStrategy
 
 _HOMES = {
     "callback": ("PEFT", "load_from_checkpoint"),
     "injection": ("adapter_per_row", "disable_adapters", "inject", "remove", "set_adapter", "trainable_parameters"),
     "interchange": ("export_adapter", "import_adapter", "merge", "save_merged", "unmerge"),
     "methods": ("METHODS", "Method", "PEFTError"),
+    "strategies": ("PEFTDDPStrategy", "PEFTFSDPStrategy"),
 }
 """Where each public name is found once it is asked for: `lightning-peft --help` needs neither torch nor Lightning."""
 _PLACES = {name: home for home, names in _HOMES.items() for name in names}
@@ -29,7 +33,9 @@ __all__ = [
     "METHODS",
     "PEFT",
     "Method",
+    "PEFTDDPStrategy",
     "PEFTError",
+    "PEFTFSDPStrategy",
     "adapter_per_row",
     "disable_adapters",
     "export_adapter",
@@ -43,6 +49,8 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
 ]
+
+register_strategies()
 
 
 def __getattr__(name: str) -> Any:

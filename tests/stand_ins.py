@@ -53,7 +53,7 @@ def save_tokenizer(folder: str | Path) -> int:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<cls> $A <sep>", pair="<cls> $A <sep> $B:1 <sep>:1", special_tokens=ends
     )
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **special)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, **special)
     whole.chat_template = CHAT
     whole.save_pretrained(str(folder))
     return len(vocabulary)
@@ -158,6 +158,10 @@ def chats(folder: Path) -> str:
     return save_rows(folder / "a.jsonl", [{"messages": turns}] * 40)
 
 
+def prompts(folder: Path) -> str:
+    return save_rows(folder / "a.jsonl", [{"prompt": "where lives Ada ?", "response": "in Rome"}] * 40)
+
+
 def pairs(folder: Path) -> str:
     return save_rows(folder / "a.jsonl", [{"source": "the good film", "target": "the bad film"}] * 40)
 
@@ -167,6 +171,8 @@ STAND_INS: dict[str, tuple[Callable[[Path], str], Callable[[Path], str]]] = {
     "token_classification": (roberta, names),
     "question_answering": (distilbert, questions),
     "instruct": (llama, chats),
+    "qlora_instruct": (llama, chats),
+    "qlora_offline": (llama, prompts),
     "translation": (t5, pairs),
     "image_classification": (vit, lambda folder: save_images(folder / "images")),
     "speech_classification": (wav2vec2, lambda folder: save_tones(folder / "tones")),

@@ -17,12 +17,17 @@ from lightning.pytorch import LightningModule
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_peft.callback.base import Base
+from lightning_peft.callback.compatibility import check_averages
+from lightning_peft.callback.memory import apply_memory_options
 from lightning_peft.callback.optimizers import keep_trainable
 from lightning_peft.injection import inject, method_adapters, records, trainable_parameters
 from lightning_peft.methods._host import Adapter, Host, Swapped, swap
+from lightning_peft.methods._sharded import refuse_sharded
 from lightning_peft.methods._targets import base_modules
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
+from lightning_peft.quantization.loading import loading
 from lightning_peft.state import (
     KEY,
     RNGState,
@@ -31,6 +36,7 @@ from lightning_peft.state import (
     base_buffers,
     base_fingerprint,
     base_keys,
+    base_quantization,
     make_spec,
     rng_state,
     sample_bytes,
@@ -39,6 +45,7 @@ from lightning_peft.state import (
     spec_of,
     tensor_faults,
 )
+from lightning_peft.strategies.agreement import agree_on_configuration, everyones, faults_told
 
 NOTICE = (
     "lightning_peft: this checkpoint holds adapters alone; load it with lightning_peft.load_from_checkpoint(MyModule, "
@@ -67,6 +74,9 @@ class Plan:
     adapter_name: str
     modules_to_save: list[str]
     allow_other_base: bool = False
+    base: Base = field(default_factory=Base)
+    gradient_checkpointing: bool | list[str] = False
+    offload_activations: bool = False
     spec: Spec | None = None
     """None until it is injected."""
     own_hooks: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -76,8 +86,8 @@ class Plan:
     """Buffers of the base that training moves: a checkpoint holds them, for nothing else could restore them."""
     steps: int = 0
     """Optimizer steps that the adapters have taken, for methods with a schedule of their own."""
-    rng_to_restore: RNGState | None = None
-    """The random number generators' states in the checkpoint that was loaded, until training starts."""
+    rng_to_restore: list[RNGState] | None = None
+    """Each rank's random number generators' states in the checkpoint that was loaded, until training starts."""
 
 
 class AdaptedModule(Swapped, LightningModule):
@@ -86,15 +96,47 @@ class AdaptedModule(Swapped, LightningModule):
     _peft_plan: Plan
 
     def configure_model(self) -> None:
-        """The module's own, and then the injection, once."""
-        self._own_hook("configure_model")()
+        """The module's own, and then, once, what becomes of its base, and the injection; on all ranks the same.
+
+        Raises:
+            PEFTError: of the configuration; or on another rank it failed, or came to something else.
+        """
+        if self._trainer is None or self._trainer.world_size == 1:
+            self._configure()
+            return
+        with faults_told():
+            self._configure()
+        assert self._peft_plan.spec is not None
+        agree_on_configuration(self._peft_plan.spec, trainable_parameters(self))
+
+    def _configure(self) -> None:
         plan = self._peft_plan
+        with loading(plan.base.policy(plan.method, plan.modules_to_save)):
+            self._own_hook("configure_model")()
         if plan.spec is None:
+            refuse_sharded(
+                self,
+                "PEFT",
+                "adapters have to be attached before: leave fully_shard and parallelize_module out of the module's "
+                "code, and give the Trainer strategy='peft_fsdp'",
+            )
+            plan.base.prepare(self, plan.method, plan.modules_to_save)
+            stored = base_quantization(self)
+            if stored and self._trainer is not None:
+                check_averages(self._trainer)
             if plan.adapter_name not in records(self):
                 inject(self, plan.method, adapter_name=plan.adapter_name, modules_to_save=plan.modules_to_save)
+                apply_memory_options(self, plan)
             # taken now, as the base was given: a precision plugin may cast it later on
-            base = base_fingerprint(self, plan.adapter_name)
-            plan.spec = make_spec(plan.method, plan.adapter_name, plan.modules_to_save, base)
+            plan.spec = make_spec(
+                plan.method,
+                plan.adapter_name,
+                plan.modules_to_save,
+                base_fingerprint(self, plan.adapter_name),
+                quantization=None if plan.base.quantization is None else plan.base.quantization.fields(),
+                base_dtype=plan.base.dtype,
+                stored=stored,
+            )
             _forgive_frozen_keys(self)
             if self._trainer is not None:
                 wake(self)
@@ -130,7 +172,9 @@ class AdaptedModule(Swapped, LightningModule):
         checkpoint[KEY]["steps"] = plan.steps
         if "optimizer_states" in checkpoint:
             # Lightning does not keep them, and a resumed run would shuffle and drop otherwise than the unbroken one
-            checkpoint[KEY]["rng"] = rng_state()
+            # a rank that was interrupted is alone in here
+            alone = self._trainer is None or self._trainer.interrupted
+            checkpoint[KEY]["rng_states"] = [rng_state()] if alone else everyones(rng_state())
         _drop_modules(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -149,7 +193,7 @@ class AdaptedModule(Swapped, LightningModule):
         self._check(checkpoint["state_dict"], spec)
         self._peft_plan.moved_buffers |= set(spec.get("moved_buffers", ()))
         self._peft_plan.steps = spec.get("steps", 0)
-        self._peft_plan.rng_to_restore = spec.get("rng")
+        self._peft_plan.rng_to_restore = spec.get("rng_states")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the adapter's tensors, or all of the module's; nothing is loaded where any would not fit.
@@ -161,6 +205,11 @@ class AdaptedModule(Swapped, LightningModule):
         if strict and self._peft_plan.spec is not None:
             self._check(state, None)
         return self._own_hook("load_state_dict")(state, strict=strict, assign=assign)
+
+    def cpu(self) -> Any:
+        """The module's own, but that what has no values yet stays where it is."""
+        # a Trainer tears a failed run down so, and that it can't move would hide why the run failed
+        return self if any(parameter.is_meta for parameter in self.parameters()) else super().cpu()
 
     def take_off(self) -> None:
         """Give back the module's own class and the hooks that were set on it."""
@@ -196,6 +245,8 @@ def adapt(module: LightningModule, plan: Plan, kind: type[AdaptedModule] = Adapt
     Raises:
         PEFTError: the module already carries another method under that adapter's name.
     """
+    if isinstance(module, AdaptedModule) and module._peft_plan.spec is None:
+        module.take_off()  # an earlier plan came to nothing
     if isinstance(module, AdaptedModule):
         there = module._peft_plan
         same = type(there.method) is type(plan.method) and there.method.fields() == plan.method.fields()
@@ -204,10 +255,13 @@ def adapt(module: LightningModule, plan: Plan, kind: type[AdaptedModule] = Adapt
                 f"the module already carries {there.method} as adapter {there.adapter_name!r}, and not {plan.method} "
                 f"as {plan.adapter_name!r}; call lightning_peft.remove(module) first to start anew"
             )
+        there.base.check_asked(plan.base)
         there.allow_other_base = plan.allow_other_base
         there.rng_to_restore = None
         return
-    plan.own_hooks = {name: vars(module).pop(name) for name in HOOKS if name in vars(module)}
+    # the others are left where they are
+    changed = [name for name in HOOKS if getattr(kind, name) is not getattr(LightningModule, name)]
+    plan.own_hooks = {name: vars(module).pop(name) for name in changed if name in vars(module)}
     vars(module)["_peft_plan"] = plan
     swap(module, kind)
 
@@ -221,11 +275,11 @@ def mark_buffers(module: AdaptedModule) -> None:
 
 
 def go_on_with_random_numbers(module: AdaptedModule) -> None:
-    """After a resume on one device, put the random number generators where the run that wrote the checkpoint had them;
-    once."""
-    trainer = module._trainer
-    if module._peft_plan.rng_to_restore is not None and trainer is not None and trainer.world_size == 1:
-        set_rng_state(module._peft_plan.rng_to_restore)
+    """After a resume on as many devices, put the random number generators where the run that wrote the checkpoint had
+    them on this rank; once."""
+    trainer, states = module._trainer, module._peft_plan.rng_to_restore
+    if states is not None and trainer is not None and trainer.world_size == len(states):
+        set_rng_state(states[trainer.global_rank])
         module._peft_plan.rng_to_restore = None
 
 

@@ -6,13 +6,21 @@ import itertools
 import signal
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
+from functools import partial, update_wrapper
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+    instantiate_class,
+)
 from lightning.pytorch.utilities import rank_zero_only
 
 # named by their class alone in a configuration, which takes that they are imported
@@ -22,7 +30,7 @@ from lightning_peft.callback import PEFT
 from lightning_peft.cli import RUNS
 from lightning_peft.cli.classes import find_class
 from lightning_peft.cli.closing import interruption, print_closing
-from lightning_peft.cli.faults import find_faults, method_fault, value_faults
+from lightning_peft.cli.faults import callback_faults, find_faults, method_fault, value_faults
 from lightning_peft.cli.inspect import InspectingTrainer
 from lightning_peft.cli.reporting import Interrupted
 from lightning_peft.methods.base import Method
@@ -119,7 +127,7 @@ class PEFTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Ask the classes for what they refuse, before any does work."""
         config = self.config[self.verb].as_dict()
-        faults = value_faults(config)
+        faults = [*value_faults(config), *callback_faults(config["peft"] or {})]
         if not (config["peft"] or {}).get("method"):
             faults += method_fault(self._options())
         if faults:
@@ -139,7 +147,7 @@ class PEFTCLI(LightningCLI):
         self.config_init = self._instantiate(self.config)
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
-        self._add_configure_optimizers_method_to_model(self.subcommand)
+        self._optimize_later()
         self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -173,6 +181,15 @@ class PEFTCLI(LightningCLI):
         for writer in writers:
             rank_zero_only(_print_predictions)(writer.file(self.trainer))
 
+    def _optimize_later(self) -> None:
+        """Have the section `optimizer` carried out once the module is asked for its optimizer: LightningCLI's own would
+        be made now, of a model without adapters."""
+        optimizer, lr_scheduler = (self._get(self.config_init, name) for name in ("optimizer", "lr_scheduler"))
+        if optimizer:
+            fn = partial(_configured, optimizer=optimizer, lr_scheduler=lr_scheduler)
+            update_wrapper(fn, _configured)  # by which Lightning tells that there is one
+            self.model.configure_optimizers = MethodType(fn, self.model)
+
     def _instantiate(self, config: Any) -> Any:
         try:
             return self.parser.instantiate(config)
@@ -202,6 +219,13 @@ class PEFTCLI(LightningCLI):
         if path and path not in ("best", "last", "hpc") and ":" not in str(path) and not Path(path).is_dir():
             # without the tensors: a bad file is told before data is prepared
             read_checkpoint(path, "meta", options.get("weights_only") is not False)
+
+
+def _configured(module: pl.LightningModule, optimizer: Any, lr_scheduler: Any) -> Any:
+    """What `configure_optimizers` returns for the sections of that name."""
+    made = instantiate_class(module.parameters(), optimizer)
+    schedule = instantiate_class(made, lr_scheduler) if lr_scheduler else None
+    return LightningCLI.configure_optimizers(module, made, schedule)
 
 
 def _print_predictions(file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
+import dataclasses
 import enum
 import importlib
 import importlib.metadata
@@ -18,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Union
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from lightning_peft.cli.reporting import EXTRAS
 from lightning_peft.methods._host import Swapped
 from lightning_peft.methods.errors import nearest, suggestion
 
@@ -53,7 +55,9 @@ def find_class(name: str, bases: Sequence[type]) -> Found:
     """The class called `name`, by its whole path, or by its name alone where it is a subclass of one of `bases`."""
     what = " or ".join(dict.fromkeys(base.__name__ for base in bases))
     if "." not in name:
-        known = {cls.__name__: cls for base in bases for cls in _subclasses(base)}
+        # a dataclass of options is itself what is meant; other bases are there to be derived from
+        known = {base.__name__: base for base in bases if dataclasses.is_dataclass(base)}
+        known |= {cls.__name__: cls for base in bases for cls in _subclasses(base)}
         if name in known:
             return Found(known[name], None)
         close = nearest(name, known)
@@ -64,6 +68,9 @@ def find_class(name: str, bases: Sequence[type]) -> Found:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in EXTRAS:
+            return Found(None, f"{package} is not installed; pip install 'lightning-peft[{EXTRAS[package]}]'")
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             return Found(None, f"{name}: importing {module_name} needs {error.name or error}, which is not installed")
         near = suggestion(error.name, _local_modules(error.name))

@@ -6,6 +6,7 @@ values that only a class itself can judge.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_peft.callback import PEFT
+from lightning_peft.callback.base import base_faults
 from lightning_peft.cli.classes import (
     Parameter,
     classes_in,
@@ -26,8 +28,10 @@ from lightning_peft.cli.classes import (
 from lightning_peft.cli.reading import COMMAND_LINE, PATH_ENDINGS, SPEC_KEYS, Name, read_arguments, read_config
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError, nearest, suggestion
+from lightning_peft.quantization import Quantization
 
 SECTIONS: dict[str, type] = {"trainer": pl.Trainer, "peft": PEFT}
+BASE_ARGUMENTS = ("quantization", "base_dtype", "base_weights")
 SPECS: dict[str, type] = {
     "model": pl.LightningModule,
     "data": pl.LightningDataModule,
@@ -73,6 +77,18 @@ def value_faults(tree: Any) -> list[str]:
     return faults
 
 
+def callback_faults(section: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a parsed section `peft` beside the method: what the callback would refuse, and what full
+    fine-tuning would pass over in silence."""
+    if section.get("method"):
+        return _base_faults("peft", section)
+    return [
+        f"peft.{name}: is of no use without a method, and method is null; name one, or leave {name} out"
+        for name in (*BASE_ARGUMENTS, "gradient_checkpointing", "offload_activations")
+        if section.get(name)
+    ]
+
+
 def method_fault(words: Sequence[str]) -> list[str]:
     """That the words after a verb give the callback arguments but no method (it may be null); else empty."""
     tree, _ = read_arguments(words)
@@ -94,7 +110,11 @@ def _section_faults(section: Name, value: Any, cls: type) -> list[str]:
     if not isinstance(value, dict):
         return [f"{section.where}: {section}: {value!r} is no mapping of names to values"]
     accepted = parameters(cls)
-    return _arguments_faults(section, value, cls, accepted)
+    faults = _arguments_faults(section, value, cls, accepted)
+    for name, text in value.items():
+        if cls is PEFT and name in BASE_ARGUMENTS and isinstance(text, str):
+            faults += [f"{name.where}: {section}.{fault}" for fault in base_faults(**{name: text})]
+    return faults
 
 
 def _arguments_faults(path: str, given: Any, cls: type, accepted: dict[str, Parameter], where: str = "") -> list[str]:
@@ -131,9 +151,14 @@ def _value_faults(name: Name, path: str, value: Any, parameter: Parameter) -> li
             return faults or _value_faults(name, path, content, parameter)
         return _spec_faults(name, path, {"class_path": value}, bases, require)
     if not isinstance(value, dict):
-        return _type_faults(name, path, value, parameter)
+        faults = _type_faults(name, path, value, parameter)
+        missing = find_class(value, bases).fault if faults and isinstance(value, str) else None
+        return [f"{name.where}: {path}: {missing}"] if missing else faults
     if "class_path" in value:
         return _spec_faults(name, path, value, bases, require)
+    if dataclasses.is_dataclass(bases[0]):
+        faults = _arguments_faults(path, value, bases[0], parameters(bases[0]))
+        return faults or [f"{name.where}: {refusal}" for refusal in _refusal(bases[0], value)]
     if set(value) <= set(SPEC_KEYS):
         return [f"{name.where}: {path}.class_path: is missing; give a {' or '.join(base.__name__ for base in bases)}"]
     return []
@@ -166,7 +191,10 @@ def _type_faults(name: Name, path: str, value: Any, parameter: Parameter) -> lis
 
 def _refusal(cls: type | None, arguments: dict[str, Any]) -> list[str]:
     """What a class of this package says to `arguments`; making one of these builds no model and reads no data."""
-    own = (Method, pl.LightningModule, pl.LightningDataModule)
+    own = (Method, pl.LightningModule, pl.LightningDataModule, Quantization)
+    if cls is PEFT:
+        # it is made of a method that is not made yet
+        return _base_faults("PEFT", arguments)
     if cls is None or not issubclass(cls, own) or not cls.__module__.startswith("lightning_peft."):
         return []
     if any(isinstance(value, Mapping) and "class_path" in value for value in arguments.values()):
@@ -178,6 +206,12 @@ def _refusal(cls: type | None, arguments: dict[str, Any]) -> list[str]:
     except (TypeError, ValueError):
         pass  # values that the parser has yet to convert, or has refused
     return []
+
+
+def _base_faults(path: str, arguments: Mapping[str, Any]) -> list[str]:
+    """What is wrong with those of the callback's arguments that say how the base is stored."""
+    faults = base_faults(**{name: arguments.get(name) for name in BASE_ARGUMENTS})
+    return [fault if fault.startswith("Quantization.") else f"{path}.{fault}" for fault in faults]
 
 
 def _unknown(name: Name, fault: str, candidates: Any, path: str = "") -> str:

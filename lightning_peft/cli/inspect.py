@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lightning_peft.callback import PEFT, AdaptedModule
 from lightning_peft.state import read_checkpoint
-from lightning_peft.tracking import module_table, summary_line
+from lightning_peft.tracking import module_table, quantization_line, summary_line
 
 
 class InspectingTrainer(pl.Trainer):
@@ -53,6 +53,7 @@ class InspectingTrainer(pl.Trainer):
             # in a file or a pipe, 80 columns would break the modules' names
             console = Console(width=max(console.width, 160))
         console.print(module_table(model))
-        console.print(summary_line(model), highlight=False, soft_wrap=True)
+        for line in filter(None, (summary_line(model), quantization_line(model))):
+            console.print(line, highlight=False, soft_wrap=True)
         if ckpt_path is not None:
             console.print(f"{ckpt_path} fits this model", highlight=False, markup=False, soft_wrap=True)

@@ -119,7 +119,7 @@ class _FreshStart(AtomicCheckpointIO):
     """Leaves the random number generators out: a run that starts from the file is seeded as any other."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        checkpoint[KEY].pop("rng", None)
+        checkpoint[KEY].pop("rng_states", None)
         super().save_checkpoint(checkpoint, path, storage_options)
 
 

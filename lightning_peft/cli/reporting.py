@@ -9,7 +9,7 @@ from collections.abc import Callable
 from lightning_peft.cli import FAILED, INTERRUPTED
 from lightning_peft.methods.errors import PEFTError
 
-EXTRAS = {"datasets": "data", "pyarrow": "data", "wandb": "wandb"}
+EXTRAS = {"bitsandbytes": "quantization", "datasets": "data", "pyarrow": "data", "wandb": "wandb"}
 """The extra of this package that installs a module."""
 
 

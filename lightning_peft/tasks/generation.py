@@ -111,18 +111,18 @@ class Generation(Task):
         return logits
 
     def outcome(self, batch: Batch) -> Outcome:
-        """The mean cross-entropy over the labels that count, in float32; logits with their labels."""
+        """The mean cross-entropy over the labels that count, in float32; in evaluation, how many of them it holds for
+        most likely."""
         logits, labels = self.scored(batch)
         total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         count = (labels != IGNORED).sum()
-        return Outcome(total / count.clamp(min=1), count, (logits, labels))
+        right = None if self.training else (logits.argmax(dim=-1) == labels).sum()
+        return Outcome(total / count.clamp(min=1), count, right)
 
     def update(self, metrics: Mapping[str, Any], batch: Batch, outcome: Outcome) -> None:
         """Enter a batch into the metrics, with texts generated for it where there are metrics of them."""
-        logits, labels = outcome.output
-        right = (logits.argmax(dim=-1) == labels).sum()
         metrics["perplexity"].update(outcome.loss, outcome.count)
-        metrics["accuracy"].update(right / outcome.count.clamp(min=1), outcome.count)
+        metrics["accuracy"].update(outcome.output / outcome.count.clamp(min=1), outcome.count)
         if names := self.hparams["generation_metrics"]:
             prompts, answers = self.prompts(batch)
             made = self.generate(prompts).tolist()

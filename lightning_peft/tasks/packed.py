@@ -33,7 +33,7 @@ def check_packing(model: torch.nn.Module, vocabulary: int) -> None:
     tokens = (vocabulary // 2 + torch.arange(2 * LENGTH, device=device)) % vocabulary
     first, second = tokens[:LENGTH], tokens[LENGTH:]
     try:
-        with _undisturbed(model, device):
+        with undisturbed(model, device):
             packed = _last_logits(model, first, second)
             other = _last_logits(model, (first + 1) % vocabulary, second)
             alone = _last_logits(model, second)
@@ -71,7 +71,9 @@ def _name(model: torch.nn.Module) -> str:
 
 
 @contextmanager
-def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Run `model` in evaluation without gradients, and leave its modules' modes and torch's random numbers as they
+    were."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

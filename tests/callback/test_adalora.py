@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,8 +20,8 @@ from lightning_peft import PEFT, AdaLoRA, PEFTError, load_from_checkpoint
 from lightning_peft.injection import adapters
 from lightning_peft.methods._adalora_layers import SVD
 from tests.callback.toys import BuiltInConfigureModel, Manual, Toy, data, tensors, trainer
+from tests.processes import run_ranks
 
-ROOT = Path(__file__).parents[2]
 TARGETS = ["body.0", "body.4"]
 
 
@@ -242,11 +240,7 @@ torch.save({"ranks": ranks.seen, "state": state}, f"{sys.argv[1]}/{trainer.globa
 def test_two_processes_keep_the_same_ranks(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks(tmp_path, [script, tmp_path])
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert one["ranks"] == two["ranks"] == expected_ranks(16, tinit=1, tfinal=4)
     assert one["state"].keys() == two["state"].keys()

@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_peft import METHODS, PEFT, BitFit, LoRA, Method, PEFTError, inject, load_from_checkpoint
+from lightning_peft import METHODS, PEFT, LoRA, Method, PEFTError, inject, load_from_checkpoint
 from lightning_peft.state import adapter_tensors, base_keys
-from tests.callback.toys import BuiltInConfigureModel, Manual, Toy, data, lora, standing_on, tensors, trainer
+from tests.callback.toys import BuiltInConfigureModel, Manual, Toy, data, lora, made, standing_on, tensors, trainer
 
 NOTICE = (
     "lightning_peft: this checkpoint holds adapters alone; load it with lightning_peft.load_from_checkpoint(MyModule, "
@@ -64,15 +64,6 @@ def test_file_size_follows_the_adapter_and_not_the_base(tmp_path: Path) -> None:
     run.save_checkpoint(tmp_path / "small.ckpt")
     assert sum(parameter.numel() for parameter in module.parameters()) * 4 > 8_000_000
     assert (tmp_path / "small.ckpt").stat().st_size < 40_000
-
-
-def made(name: str) -> Method:
-    """The method with its defaults; one that has none for a field gets something that is trained."""
-    given: dict[str, dict[str, Any]] = {
-        "Hybrid": {"methods": [LoRA(r=2), BitFit()]},
-        "HFPeft": {"config": {"peft_type": "LOHA", "r": 2, "target_modules": ["body.0", "body.4"]}},
-    }
-    return METHODS[name](**given.get(name, {}))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import textwrap
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,8 @@ def test_a_file_of_weights_is_as_large_as_what_is_kept_and_gives_the_model_bit_f
     kept = round(target * entries)
     assert sum(tensor.numel() for key, tensor in saved.items() if key.endswith("values")) == kept
     assert {tensor.dtype for key, tensor in saved.items() if "adapters" in key} == {torch.int32, torch.float32}
+    modules = 5
+    assert kept >= 2_500 + 400 * modules
     assert 1 <= path.stat().st_size / (kept * (4 + 4)) < 1.2
     x = next(iter(data()))[0]
     applied = apply_by_hand(bare.state_dict(), saved)
@@ -193,6 +196,24 @@ def test_a_file_of_weights_is_as_large_as_what_is_kept_and_gives_the_model_bit_f
     assert sum(parameter.numel() for parameter in trainable_parameters(loaded).values()) == kept
     (result,) = trainer(tmp_path, peft=PEFT(DiffPruning(target=target))).test(Wide(), data(), path, verbose=False)
     assert result == trainer(tmp_path, peft=PEFT(DiffPruning(target=target))).test(module, data(), verbose=False)[0]
+
+
+@pytest.mark.parametrize("modules", [5, 20, 60])
+def test_beside_the_kept_entries_a_file_has_a_fixed_part_and_one_for_each_module(modules: int, tmp_path: Path) -> None:
+    class Deep(Toy):
+        def build(self) -> None:
+            layers = [nn.Linear(8, 120), *(nn.Linear(120, 120) for _ in range(modules - 2))]
+            self.body = nn.Sequential(OrderedDict((f"layer{place:040}", layer) for place, layer in enumerate(layers)))
+            self.head = nn.Linear(120, 3)
+
+    path = tmp_path / "weights.ckpt"
+    entries, enough = sum(parameter.numel() for parameter in Deep().parameters()), 2_500 + 400 * modules
+    for kept in (50, enough):
+        run = trainer(tmp_path, peft=PEFT(DiffPruning(target=kept / entries)), max_epochs=1, enable_checkpointing=False)
+        run.fit(Deep(), data(8))
+        run.save_checkpoint(path, weights_only=True)
+        assert 0 < path.stat().st_size - kept * (4 + 4) <= 4_000 + 640 * modules
+    assert path.stat().st_size <= 1.2 * enough * (4 + 4)
 
 
 def test_a_loaded_diff_can_be_trained_on_and_keeps_its_places(tmp_path: Path) -> None:

@@ -20,7 +20,18 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 
-from lightning_peft import PEFT, LoRA, PEFTError, disable_adapters, remove, trainable_parameters
+from lightning_peft import (
+    PEFT,
+    AdaLoRA,
+    DiffPruning,
+    Hybrid,
+    LoRA,
+    Method,
+    PEFTError,
+    disable_adapters,
+    remove,
+    trainable_parameters,
+)
 from tests.callback.toys import BuiltInConfigureModel, BuiltInSetup, Manual, Toy, body, data, lora, trainer
 
 MODULES = [Toy, BuiltInSetup, BuiltInConfigureModel, Manual]
@@ -221,6 +232,20 @@ def test_average_listed_first_is_refused(tmp_path: Path) -> None:
         PEFTError, match="WeightAveraging is listed before PEFT and would copy the model without adapters"
     ):
         run.fit(Toy(), data())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [AdaLoRA(target_modules=["body.0"]), DiffPruning(target=0.05), Hybrid(methods=[lora(), DiffPruning(target=0.05)])],
+    ids=lambda method: type(method).__name__,
+)
+def test_an_average_over_pruning_is_refused(method: Method, tmp_path: Path) -> None:
+    with pytest.raises(PEFTError) as error:
+        trainer(tmp_path, EMAWeightAveraging(), method=method).fit(Toy(), data())
+    assert error.value.faults == (
+        f"WeightAveraging would average weights that {type(method).__name__} prunes with those from before, and so "
+        "bring back what was cut; leave it out",
+    )
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import PEFT, LoRA, Method, PEFTError, inject
+from lightning_peft import METHODS, PEFT, BitFit, LoRA, Method, PEFTError, inject
 
 FEATURES, CLASSES = 8, 3
 
@@ -118,6 +118,15 @@ class Decoder(Toy):
     def forward(self, x: Tensor) -> Tensor:
         ids = (4 * x + 12).long().clamp(0, 23)
         return self.head(self.body(input_ids=ids).last_hidden_state.mean(1))
+
+
+def made(name: str) -> Method:
+    """The method with its defaults; one that has none for a field gets something that is trained."""
+    given: dict[str, dict[str, Any]] = {
+        "Hybrid": {"methods": [LoRA(r=2), BitFit()]},
+        "HFPeft": {"config": {"peft_type": "LOHA", "r": 2, "target_modules": ["body.0", "body.4"]}},
+    }
+    return METHODS[name](**given.get(name, {}))
 
 
 def standing_on(method: Method) -> type[Toy]:

@@ -95,8 +95,8 @@ FAULTS = {
         "command line: model.init_args.model: is missing; SequenceClassification needs it",
     ),
     "optimizer": (
-        [*FIT, "--optimizer=RpropQ"],
-        "command line: optimizer: there is no Optimizer called 'RpropQ'; did you mean 'Rprop' or 'RMSprop'?",
+        [*FIT, "--optimizer=LBFGSS"],
+        "command line: optimizer: there is no Optimizer called 'LBFGSS'; did you mean 'LBFGS'?",
     ),
     "trainer's refusal": (
         [*FIT, "--trainer.limit_train_batches=-3"],

@@ -145,6 +145,28 @@ assert transformers.AutoTokenizer.from_pretrained("merged")("good")["input_ids"]
     assert json.loads(Path("half/config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("kind", ["nf4-dq", "int8"])
+def test_over_a_quantized_base_both_forms_compute_the_same(run: Command, kind: str) -> None:
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    assert run("fit", "--config", "lora.yaml", f"--peft.quantization={kind}")[0] == 0
+    checkpoint = str(next(Path("runs").glob("*/version_1/**/*.ckpt")))
+    adapted = load_from_checkpoint(SequenceClassification, checkpoint)
+    assert "SCB" in str(adapted.state_dict().keys()) or "absmax" in str(adapted.state_dict().keys())
+    assert run("merge", checkpoint, "merged")[0] == 0
+    merged = AutoModelForSequenceClassification.from_pretrained("merged")
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-5, atol=1e-5)
+    # the adapter's own tensors are the same, whatever they stand on
+    assert run("export", checkpoint, "out")[0] == 0
+    dense = load_from_checkpoint(SequenceClassification, checkpoint, quantization=None, allow_other_base=True)
+    base = AutoModelForSequenceClassification.from_pretrained("bert", num_labels=3)
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(base, "out")), logits(dense), rtol=1e-5, atol=1e-5)
+    card = Path("merged/README.md").read_text()
+    assert f"| base quantized to | {kind} |" in card
+
+
 def metrics(out: str) -> dict[str, str]:
     return dict(re.findall(r"(val_\w+)\s+│\s+([\d.]+)", out))
 
@@ -172,7 +194,7 @@ def test_an_imported_adapter_validates_with_the_same_metrics_and_can_be_trained_
     assert torch.load(further, weights_only=True)["global_step"] == 2
     content = torch.load("new/imported.ckpt", weights_only=True)
     assert content["global_step"] == 0
-    assert "rng" not in content["peft"]
+    assert "rng_states" not in content["peft"]
 
 
 def test_import_takes_the_base_from_elsewhere(run: Command) -> None:

@@ -240,13 +240,13 @@ def test_optimizer_and_schedule_from_the_command_lines_own_options(
     options = (
         "--model=SequenceClassification",
         f"--model.model={{class_path: {Bag.__module__}.Bag}}",
-        "--optimizer=Adagrad",
+        "--optimizer=NAdam",
         "--optimizer.lr=0.25",
         "--lr_scheduler=ReduceLROnPlateau",
         "--lr_scheduler.monitor=val_loss",
     )
     run = run_cli(monkeypatch, tmp_path, reviews, tiny_bert, *options)
-    assert isinstance(run.trainer.optimizers[0], torch.optim.Adagrad)
+    assert isinstance(run.trainer.optimizers[0], torch.optim.NAdam)
     assert run.trainer.lr_scheduler_configs[0].monitor == "val_loss"
 
 

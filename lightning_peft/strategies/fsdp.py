@@ -1,0 +1,281 @@
+"""`peft_fsdp`: the frozen base is sharded over ranks by torch's FSDP2, and what trains is whole on each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
+from datetime import timedelta
+from functools import cached_property, partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
+
+from lightning_peft.injection import records
+from lightning_peft.methods._sharded import is_sharded
+from lightning_peft.methods.errors import PEFTError
+from lightning_peft.state import frozen_tensors, keep_sample
+from lightning_peft.strategies.agreement import agree_on_base, everyones, faults_told
+from lightning_peft.strategies.buffers import MovingBuffers
+from lightning_peft.strategies.ddp import tell_of_lost_ranks
+from lightning_peft.strategies.gradients import average_gradients, make_equal
+from lightning_peft.strategies.sharding import Sharding, begin_together, is_prepared, tell_transformers
+from lightning_peft.strategies.units import Unit, find_units
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class PEFTFSDPStrategy(ModelParallelStrategy):
+    """FSDP2 for the frozen base alone: `strategy="peft_fsdp"`.
+
+    Each rank keeps its part of the base's matrices and gathers those of one block at a time. What trains is whole on
+    every rank, and its gradients are averaged by one all-reduce a step. Adapters are small beside the base; so they,
+    their optimizer's state and their checkpoints are as under any other strategy, on any number of ranks. To shard them
+    with their block was measured, too (LoRA of rank 16 and 64 on 8 blocks, two ranks of gloo): it sends 8% and 30% more
+    in 8 collectives in place of one, and a step takes 1.1 to 1.6 times as long.
+
+    Args:
+        replicas: how many times the base is held: 1 shards it over all ranks; with as many as there are nodes, weights
+            are gathered within a node alone (HSDP).
+        shard: names or path endings of the modules to shard, where those that are found don't fit: the blocks, or the
+            list of them, and others that are called as modules.
+        cpu_offload: keep the shards in the CPU's memory until they are gathered.
+        sync_base: where the ranks' bases differ in values, broadcast those tensors from the first rank, rather than
+            raise an error.
+        tensor_parallel_size: 1, since adapters are made for whole layers.
+        process_group_backend: as in Lightning's ModelParallelStrategy.
+        timeout: as in Lightning's ModelParallelStrategy.
+
+    Raises:
+        PEFTError: the sizes can't be; or as training or another run starts, on every rank: the ranks' bases differ, or
+            there is nothing to shard.
+    """
+
+    strategy_name = "peft_fsdp"
+
+    def __init__(
+        self,
+        *,
+        replicas: int = 1,
+        shard: Sequence[str] = (),
+        cpu_offload: bool = False,
+        sync_base: bool = False,
+        tensor_parallel_size: int = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        if tensor_parallel_size != 1:
+            raise PEFTError(
+                f"PEFTFSDPStrategy.tensor_parallel_size: {tensor_parallel_size} would split layers that adapters are "
+                "made for as a whole; leave it out, and the base is sharded over all devices"
+            )
+        if replicas < 1:
+            raise PEFTError(f"PEFTFSDPStrategy.replicas: {replicas} is no number of copies; it must be 1 or more")
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.replicas, self.names, self.cpu_offload, self.sync_base = replicas, shard, cpu_offload, sync_base
+        self._buffers: MovingBuffers | None = None
+        self._predicted: list[tuple[int, int]] = []
+
+    def setup_environment(self) -> None:
+        """Start the process group, with all ranks in one data-parallel dimension.
+
+        Raises:
+            PEFTError: the ranks can't be divided into as many replicas.
+        """
+        world = self.num_nodes * self.num_processes
+        if world % self.replicas:
+            raise PEFTError(f"PEFTFSDPStrategy.replicas: {world} ranks can't be divided into {self.replicas} groups")
+        self._data_parallel_size = world
+        super().setup_environment()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Shard the base, and set up the optimizers over what trains.
+
+        Raises:
+            PEFTError: nothing was injected, the base has no weights yet, or it differs between ranks.
+        """
+        assert self.lightning_module is not None
+        with faults_told():
+            _check(self.lightning_module)
+        super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """Move, compare and shard one piece of the base after the other, and move the rest."""
+        module = self.lightning_module
+        assert module is not None
+        if not is_prepared(module):
+            with faults_told():
+                units = find_units(module, self.names)
+                if not units:
+                    raise PEFTError(
+                        f"peft_fsdp: {type(module).__name__} has no frozen matrix to shard; use strategy='peft_ddp'"
+                    )
+            for unit in units:
+                self._shard(unit)
+        begin_together(module)
+        tell_transformers(module)
+        super().model_to_device()
+        self._agree(module, "")
+        frozen = {id(tensor) for tensor in frozen_tensors(module).values()}
+        make_equal(tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in frozen)
+        self._buffers = MovingBuffers(module)
+
+    def pieces(self, module: pl.LightningModule, whole: Container[str]) -> dict[str, Callable[[], None]]:
+        """How to shard a base that is yet to be loaded, so that no rank ever has all of it: see `load_base`.
+
+        Args:
+            module: on the meta device, without adapters; all of it is frozen.
+            whole: paths of modules that are to be copied, and so stay as they are.
+
+        Returns:
+            By paths of modules, inner ones first: what to call as soon as all in one is loaded.
+        """
+        module.requires_grad_(False)
+        return {unit.path: partial(self._shard, unit) for unit in find_units(module, self.names, whole)}
+
+    def _shard(self, unit: Unit) -> None:
+        if unit.weights:
+            unit.module.to(self.root_device)
+            self._agree(unit.module, f"{unit.path}.")
+        for owner, name in unit.weights:
+            keep_sample(owner, name)
+        self._sharding.shard(unit)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Step on the mean of the ranks' gradients, which is taken before they are unscaled, clipped or logged."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+        def averaged() -> Any:
+            result = closure()
+            average_gradients(parameters)
+            return result
+
+        return super().optimizer_step(optimizer, averaged, model, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own. A rank with fewer batches than others runs its last one again, without effect, as often as
+        they wait for its part of the weights."""
+        result = super().predict_step(*args, **kwargs)
+        for _ in range(self._missing(*args[1:3])):
+            super().predict_step(*args, **kwargs)
+        return result
+
+    def on_predict_start(self) -> None:
+        """Tell each other how many batches there are."""
+        super().on_predict_start()
+        assert self.lightning_module is not None
+        own = [int(count) if count != math.inf else 0 for count in self.lightning_module.trainer.num_predict_batches]
+        self._predicted = list(zip(own, map(max, zip(*everyones(own), strict=True)), strict=True))
+
+    def _missing(self, index: int, loader: int = 0) -> int:
+        own, most = self._predicted[loader]
+        return most - own if index + 1 == own else 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Send the base's buffers that training moves."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self._buffers is not None:
+            self._buffers.before_batch()
+
+    def on_validation_start(self) -> None:
+        """The same."""
+        super().on_validation_start()
+        if self._buffers is not None:
+            self._buffers.send()
+
+    def on_train_end(self) -> None:
+        """The ranks end with one base, the first one's."""
+        super().on_train_end()
+        if self._buffers is not None:
+            self._buffers.find()
+            self._buffers.send()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Say what to do where another rank is gone, and where a sharded weight was read without a call."""
+        super().on_exception(exception)
+        tell_of_lost_ranks(exception)
+        if isinstance(exception, RuntimeError) and "mixed torch.Tensor and DTensor" in str(exception):
+            exception.args = (
+                f"{exception}\nA weight was read of a module that was not called, so that it was not gathered: name "
+                "the modules to shard in PEFTFSDPStrategy(shard=[…]), such as the list of blocks, without that one.",
+            )
+
+    def teardown(self) -> None:
+        """The module stays sharded, for a later run."""
+        self._buffers = None
+        super().teardown()
+
+    # what is saved and loaded is whole on every rank: as for one device, without ModelParallelStrategy's gathering
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """False, as for one device."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """True, as for one device."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's; nothing is gathered."""
+        return Strategy.lightning_module_state_dict(self)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """The optimizer's own."""
+        return Strategy.optimizer_state(self, optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Write one file, on the first rank."""
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read the file, on each rank."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Into the adapters; the base is in no checkpoint."""
+        Strategy.load_model_state_dict(self, checkpoint, strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Into the optimizers."""
+        Strategy.load_optimizer_state_dict(self, checkpoint)
+
+    @cached_property
+    def _sharding(self) -> Sharding:
+        mesh = self.device_mesh["data_parallel"]
+        if self.replicas > 1:
+            sizes = (self.replicas, self.world_size // self.replicas)
+            mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("replicate", "shard"))
+        return Sharding(mesh, AUTOCAST.get(str(self.precision_plugin.precision)), self.cpu_offload)
+
+    def _agree(self, module: nn.Module, prefix: str) -> None:
+        whole = {f"{prefix}{name}": tensor for name, tensor in frozen_tensors(module).items() if not is_sharded(tensor)}
+        agree_on_base(whole, sync=self.sync_base)
+
+
+def _check(module: nn.Module) -> None:
+    if not records(module):
+        raise PEFTError("peft_fsdp: no adapters stand on the module; give the Trainer the PEFT callback")
+    names = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    if names:
+        raise PEFTError(
+            f"peft_fsdp: {names[0]} is on the meta device; give PEFT(base_weights=…), the file or folder of its weights"
+        )

@@ -1,0 +1,93 @@
+"""One piece of a frozen base, sharded over ranks by torch's FSDP2, with all that trains left as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from lightning_peft.methods._host import record_outputs_of
+from lightning_peft.methods._quantized import packed
+from lightning_peft.methods._targets import base_modules, is_conv1d, is_transformers_model
+from lightning_peft.strategies.units import Unit
+
+CAST_BY_AUTOCAST = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How pieces are sharded.
+
+    Args:
+        mesh: the ranks: of one dimension; or of two, where the first one's hold copies of each other's shards.
+        autocast: what autocast computes in, where it is on.
+        cpu_offload: keep the shards in the CPU's memory until they are gathered.
+    """
+
+    mesh: DeviceMesh
+    autocast: torch.dtype | None = None
+    cpu_offload: bool = False
+
+    def shard(self, unit: Unit) -> None:
+        """Keep this rank's part of the unit's weights, on the mesh's device; all else stays what and where it is."""
+        for module, name in unit.weights:
+            module._parameters[name] = _plain(cast(nn.Parameter, module._parameters[name]))
+        sharded = {id(module._parameters[name]) for module, name in unit.weights}
+        ignored = {parameter for parameter in unit.module.parameters() if id(parameter) not in sharded}
+        offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
+        before = type(unit.module)
+        fully_shard(
+            unit.module,
+            mesh=self.mesh,
+            # said here, since a piece that is called by no other would otherwise stay gathered
+            reshard_after_forward=True,
+            mp_policy=MixedPrecisionPolicy(param_dtype=self._cast(unit), cast_forward_inputs=False),
+            offload_policy=offload,
+            ignored_params=ignored,
+        )
+        record_outputs_of(before, type(unit.module))
+
+    def _cast(self, unit: Unit) -> torch.dtype | None:
+        """The dtype in which weights are gathered, where autocast would bring each of them to it anyway."""
+
+        def is_cast(module: nn.Module, name: str) -> bool:
+            weight = cast(Tensor, module._parameters[name])
+            is_layer = isinstance(module, CAST_BY_AUTOCAST) or is_conv1d(module)
+            return is_layer and weight.dtype == torch.float32 and packed(module, name) is None
+
+        return self.autocast if all(is_cast(module, name) for module, name in unit.weights) else None
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether some module of `model` is one of FSDP2's."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def tell_transformers(model: nn.Module) -> None:
+    """Let `generate` go on on every rank until the last one has ended, since all take part in each forward.
+
+    transformers asks for this attribute, which FSDP2 sets on what is sharded itself; checked on 5.23.
+    """
+    for _, module in base_modules(model):
+        if is_transformers_model(module):
+            vars(module)["_is_fsdp_managed_module"] = True
+
+
+def begin_together(model: nn.Module) -> None:
+    """Settle which module's forward begins a pass over those in it, before any of them is called by itself."""
+    # the outermost come first, and what is in them then has nothing left to do
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # private, and done by the first forward otherwise, which may be an inner one's: checked on torch 2.13
+            cast(Any, module)._get_fsdp_state()._lazy_init()
+
+
+def _plain(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter of its own, contiguous; a packed weight's codes, whose layer keeps the scales."""
+    if type(parameter) is nn.Parameter and parameter.is_contiguous():
+        return parameter
+    return nn.Parameter(parameter.data.as_subclass(Tensor).contiguous(), requires_grad=False)

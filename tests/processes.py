@@ -1,0 +1,104 @@
+"""Runs of several processes, started as a cluster's manager or torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+ACCELERATOR = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
+"""Where two processes train."""
+OURS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")
+
+
+class Processes:
+    """Commands that run at the same time; ended when the `with` is left.
+
+    Args:
+        folder: where what they print is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._started: list[tuple[subprocess.Popen[bytes], Path]] = []
+
+    def start(self, words: Sequence[object], **environment: object) -> subprocess.Popen[bytes]:
+        """Start Python with these words, in the repository's root."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = self.folder / f"process{len(self._started)}.log"
+        kept = {name: value for name, value in os.environ.items() if name not in OURS}
+        settings = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, "PYTHONUNBUFFERED": 1, **environment}
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, words)],
+                cwd=ROOT,
+                env={**kept, **{name: str(value) for name, value in settings.items()}},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._started.append((process, log))
+        return process
+
+    def wait_for(self, number: int, timeout: float = 120) -> float:
+        """When the process that was started as `number` ended, on the monotonic clock."""
+        self._started[number][0].wait(timeout)
+        return time.monotonic()
+
+    def finish(self, timeout: float) -> tuple[list[int], list[str]]:
+        """Exit codes and what was printed, by process, once all have ended; those that don't in time are killed."""
+        deadline = time.monotonic() + timeout
+        for process, _ in self._started:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _kill(process)
+        codes = [process.wait() for process, _ in self._started]
+        return codes, [log.read_text(errors="replace") for _, log in self._started]
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, _ in self._started:
+            if process.poll() is None:
+                _kill(process)
+
+
+def ranks(folder: Path, words: Sequence[object], count: int = 2, **environment: object) -> Processes:
+    """`count` processes of one run on this machine, as a cluster's manager would start them."""
+    processes = Processes(folder)
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": count}
+    for rank in range(count):
+        processes.start(words, **there, NODE_RANK=0, LOCAL_RANK=rank, **environment)
+    return processes
+
+
+def run_ranks(
+    folder: Path, words: Sequence[object], count: int = 2, timeout: float = 150, **environment: object
+) -> str:
+    """What `ranks` print, when all of them have ended well."""
+    with ranks(folder, words, count, **environment) as processes:
+        codes, printed = processes.finish(timeout)
+    assert codes == [0] * count, "\n".join(f"--- rank {rank} ---\n{text[-6000:]}" for rank, text in enumerate(printed))
+    return "".join(printed)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    # with those that it started itself
+    os.killpg(process.pid, signal.SIGKILL)

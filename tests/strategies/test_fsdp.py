@@ -1,0 +1,301 @@
+"""`peft_fsdp` on two ranks, and on four: losses and weights are one device's, and each rank holds its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_peft import PEFT, LoRA, PEFTError, PEFTFSDPStrategy, inject, load_from_checkpoint
+from lightning_peft.state import read_checkpoint
+from lightning_peft.strategies.units import find_units
+from tests.processes import run_ranks
+from tests.strategies import sharded
+from tests.strategies.sharded import Language, everything, made, plain, run, text, trained
+from tests.strategies.test_ddp import same
+
+pytestmark = [pytest.mark.xdist_group("devices"), pytest.mark.timeout(600)]
+
+SCRIPT = ["-m", "tests.strategies.sharded"]
+TWO = ("methods", "quantized", "chain", "stages", "options", "toys", "faults", "streamed")
+Found = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> dict[str, Tensor]:
+    """One epoch on one device, with whose checkpoint the others go on; and a file with a base."""
+    torch.manual_seed(0)
+    base = Language(**sharded.LARGE).model.state_dict()
+    save_file({key: tensor.clone() for key, tensor in base.items()}, folder / "base.safetensors")
+    module = Language(lr=1e-3)
+    fitting = run(folder, "auto", peft=plain())
+    fitting.fit(module, text())
+    fitting.save_checkpoint(folder / "chain" / "single.ckpt")
+    return everything(module, fitting)
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, single: dict[str, Tensor]) -> Found:
+    """What each rank found, by the name of the function in sharded.py."""
+    failure = ""
+    try:
+        # memory that is freed is given back to the system
+        run_ranks(folder, [*SCRIPT, folder, *TWO], timeout=500, MALLOC_MMAP_THRESHOLD_=2**16)
+    except AssertionError as error:
+        failure = str(error)
+    return lambda name: read(folder, name, 2, failure)
+
+
+def read(folder: Path, name: str, count: int, failure: str) -> list[dict[str, Any]]:
+    paths = [folder / f"{name}.{rank}.pt" for rank in range(count)]
+    assert all(path.exists() for path in paths), failure
+    of_ranks = [torch.load(path, weights_only=True) for path in paths]
+    for of_rank in of_ranks:
+        assert "error" not in of_rank, of_rank["error"]
+    return of_ranks
+
+
+def as_one_device(name: str, found: list[dict[str, Any]], module: Language, loss: float, weights: float) -> None:
+    """That all ranks have the same, and have it as `module`, which was trained on all their batches."""
+    for other in found[1:]:
+        same(other[name], found[0][name])
+    same(found[0][name], trained(module), weights)
+    of_ranks = torch.tensor([of_rank[f"{name} losses"] for of_rank in found])
+    assert len(module.losses) == of_ranks.shape[1]
+    assert (of_ranks.mean(0) - torch.tensor(module.losses)).abs().max() < loss
+    assert not torch.equal(of_ranks[0], of_ranks[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sharded.METHODS_TRIED)
+def test_training_is_one_devices(name: str, found: Found, tmp_path: Path) -> None:
+    module = Language()
+    run(tmp_path, "auto", peft=PEFT(made(name))).fit(module, text())
+    # the bias of a key changes no attention: its gradient is noise, which Adam scales to a step
+    as_one_device(name, found("methods"), module, 1e-5, 1e-4 if name == "BitFit" else 1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_are_sent_once_a_step_and_the_base_is_held_in_shares(found: Found) -> None:
+    for rank in found("methods"):
+        adapters = sum(tensor.numel() * 4 for tensor in rank["LoRA"].values())
+        sent, calls = rank["LoRA bytes"], rank["LoRA calls"]
+        # once as training starts; then four steps, with a flag for each tensor; Lightning's own is few bytes
+        assert adapters <= sent["broadcast"] < adapters + 1000
+        assert 4 * adapters <= sent["allreduce"] < 4 * (adapters + 4 * len(rank["LoRA"])) + 1000
+        assert calls["allreduce"] <= 4 + 2
+        assert "reduce_scatter" not in "".join(sent)
+        expected = {"model.model.embed_tokens.weight", "model.lm_head.weight"}
+        for layer in range(2):
+            attention = [f"self_attn.{part}_proj" for part in "qkvo"]
+            for part in [*attention, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]:
+                expected.add(f"model.model.layers.{layer}.{part}.weight")
+        assert set(rank["LoRA sharded"]) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sharded.QUANTIZED)
+def test_quantized_base_is_sharded(name: str, found: Found, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    module = Language(lr=1e-3, **sharded.WIDE)
+    peft = PEFT(LoRA(r=4), quantization=sharded.quantization(name))
+    run(tmp_path, "auto", peft=peft, max_epochs=13, max_steps=50).fit(module, text())
+    assert len(module.losses) == 50
+    assert module.losses[-1] < module.losses[0] - 0.2
+    as_one_device(name, found("quantized"), module, 1e-4, 1e-4)
+    for rank in found("quantized"):
+        assert rank[f"{name} bytes"] <= 0.55 * sharded.base_bytes(module)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on_under_any_strategy(
+    found: Found, single: dict[str, Tensor], folder: Path, tmp_path: Path
+) -> None:
+    """One device, two ranks of peft_fsdp, two of peft_ddp, one device: an epoch each."""
+    ranks = found("chain")
+    expected = single
+    for strategy in ("peft_fsdp", "peft_ddp"):
+        for rank in ranks:
+            same(rank[f"{strategy} started"], expected)
+            assert rank[f"{strategy} saving"] < 100_000
+        expected = ranks[0][f"{strategy} saved"]
+        content = read_checkpoint(folder / "chain" / f"{strategy}.ckpt")
+        assert not [key for key in content["state_dict"] if "adapters" not in key and "lightning_peft" not in key]
+    module, started = Language(lr=1e-3), sharded.Started()
+    last = run(tmp_path, "auto", started, peft=plain(), max_epochs=4)
+    last.fit(module, text(), ckpt_path=folder / "chain" / "peft_ddp.ckpt")
+    same(started.tensors, expected)
+    whole = Language(lr=1e-3)
+    unbroken = run(tmp_path, "auto", peft=plain(), max_epochs=4)
+    unbroken.fit(whole, text())
+    same(everything(module, last), everything(whole, unbroken), 1e-4)
+
+
+@pytest.mark.slow
+def test_all_stages_on_one_trainer(found: Found, folder: Path, tmp_path: Path) -> None:
+    one, two = found("stages")
+    same(one["trained"], two["trained"])
+    module = load_from_checkpoint(Language, one["path"])
+    same(trained(module), one["trained"])
+    for name in ("after", "weights"):
+        same(trained(load_from_checkpoint(Language, folder / "stages" / f"{name}.ckpt")), one["trained"])
+    (tested,) = run(tmp_path, "auto", peft=plain()).test(module, text(), verbose=False)
+    for rank in (one, two):
+        assert rank["tested"]["val_loss"] == pytest.approx(tested["val_loss"], rel=1e-6)
+        assert rank["validated"]["val_loss"] == pytest.approx(tested["val_loss"], rel=1e-6)
+    lines = [yaml.safe_load(line) for line in (folder / "stages" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(5))
+    (ids,) = text(rows=5).dataset[:]
+    expected = module.eval().predict_step([ids], 0)
+    torch.testing.assert_close(torch.tensor([line["prediction"] for line in lines]), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one["disabled"], Language().eval().predict_step([ids[:2]], 0), atol=1e-5, rtol=0)
+    assert one["merge"] == (
+        "merge: model.model.embed_tokens.weight is sharded, of which this process holds a part; load the checkpoint in "
+        "one process (load_from_checkpoint), and do it there"
+    )
+    assert one["remove"] == one["merge"].replace("merge", "remove", 1)
+    assert one["save"].startswith("save_merged: model.embed_tokens.weight is sharded")
+    assert (folder / "exported0" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sharded.OPTIONS)
+def test_options(name: str, found: Found, tmp_path: Path) -> None:
+    ranks = found("options")
+    module, _, _ = sharded.fit_with(name, tmp_path, "auto")
+    is_bf16 = name.startswith("bf16")
+    as_one_device(name, ranks, module, 5e-3 if is_bf16 else 1e-5, 5e-3 if is_bf16 else 1e-5)
+    for rank in ranks:
+        if is_bf16:
+            assert 0.45 < rank[f"{name} gathered"] / rank["accumulated gathered"] < 0.7
+        assert ("model.lm_head.weight" in rank[f"{name} sharded"]) == (name != "named")
+
+
+@pytest.mark.slow
+def test_transformers_gives_and_generates_what_it_does(found: Found) -> None:
+    for rank in found("options"):
+        assert rank["hidden states"] == 3
+    assert [rank["generated"] for rank in found("options")] == [2, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["center", "manual", "adalora", "unused"])
+def test_training_of_other_modules_is_peft_ddps(case: str, found: Found) -> None:
+    for rank in found("toys"):
+        ours, theirs = rank[f"peft_fsdp {case}"], rank[f"peft_ddp {case}"]
+        assert rank[f"peft_fsdp {case} keys"] == rank[f"peft_ddp {case} keys"]
+        assert len(ours) < len(theirs)
+        same(ours, {name: theirs[name] for name in ours}, 1e-6)
+
+
+@pytest.mark.slow
+def test_faults_are_told(found: Found) -> None:
+    one, two = found("faults")
+    for name in ("own", "other base", "replicas", "names", "no callback", "meta"):
+        assert one[name] == two[name]
+    assert one["own"] == (
+        "PEFT: model.model.layers.0.self_attn.q_proj.weight is sharded, of which this process holds a part; adapters "
+        "have to be attached before: leave fully_shard and parallelize_module out of the module's code, and give the "
+        "Trainer strategy='peft_fsdp'"
+    )
+    assert one["other base"].startswith("the frozen base differs between ranks, in ")
+    assert one["replicas"] == "PEFTFSDPStrategy.replicas: 2 ranks can't be divided into 3 groups"
+    assert one["names"].startswith("shard: 'layer' matches nothing; did you mean 'layers' or ")
+    assert one["no callback"] == "peft_fsdp: no adapters stand on the module; give the Trainer the PEFT callback"
+    assert one["meta"] == (
+        "peft_fsdp: model.model.embed_tokens.weight is on the meta device; give PEFT(base_weights=…), the file or "
+        "folder of its weights"
+    )
+    assert one["synced"] == one["wanted"]
+    for rank in (one, two):
+        assert "A weight was read of a module that was not called, so that it was not gathered" in rank["reading"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sharded.STREAMED)
+def test_no_rank_ever_has_the_whole_base(name: str, found: Found, folder: Path, tmp_path: Path) -> None:
+    """A base that is read from a file into shards is the one that is read on one device."""
+    ranks = found("streamed")
+    module = sharded.Empty()
+    given = {"quantization": "nf4-dq"} if name == "nf4-dq" else {}
+    peft = PEFT(sharded.of_queries(name), base_weights=str(folder / "base.safetensors"), **given)
+    fitting = run(tmp_path, "auto", peft=peft, max_steps=2)
+    fitting.fit(module, text())
+    fitting.save_checkpoint(tmp_path / "single.ckpt")
+    as_one_device(name, ranks, module, 1e-5, 1e-4)
+    saved = [read_checkpoint(file)["peft"] for file in (tmp_path / "single.ckpt", folder / f"streamed-{name}.ckpt")]
+    assert saved[0]["base"] == saved[1]["base"]
+    base = sharded.base_bytes(module)
+    block = 4 * sum(p.numel() for n, p in Language(**sharded.LARGE).named_parameters() if "layers.0." in n)
+    for rank in ranks:
+        assert rank[f"{name} bytes"] <= 0.55 * base
+        assert rank[f"{name} peak"] <= rank[f"{name} bytes"] + 2.5 * block
+        assert name == "nf4-dq" or rank[f"{name} peak"] < 0.75 * base
+
+
+@pytest.mark.slow
+def test_copies_of_a_sharded_base(folder: Path, tmp_path: Path) -> None:
+    run_ranks(folder / "four", [*SCRIPT, folder, "hybrid"], count=4, timeout=200)
+    module = Language()
+    run(tmp_path, "auto", peft=plain()).fit(module, text())
+    ranks = read(folder, "hybrid", 4, "")
+    as_one_device("state", [{**rank, "state losses": rank["losses"]} for rank in ranks], module, 1e-5, 1e-5)
+    for rank in ranks:
+        assert rank["bytes"] <= 0.55 * sharded.base_bytes(module)
+
+
+def test_sizes_that_can_not_be() -> None:
+    with pytest.raises(PEFTError, match="tensor_parallel_size: 2 would split layers that adapters are made for"):
+        PEFTFSDPStrategy(tensor_parallel_size=2)
+    with pytest.raises(PEFTError, match="replicas: 0 is no number of copies"):
+        PEFTFSDPStrategy(replicas=0)
+
+
+def paths(model: nn.Module, names: tuple[str, ...] = ()) -> dict[str, int]:
+    return {unit.path: len(unit.weights) for unit in find_units(model, names)}
+
+
+def test_pieces_are_found_by_structure() -> None:
+    model = inject(Language(), LoRA(r=2), modules_to_save=["lm_head"])
+    blocks = {"model.model.layers.1": 7, "model.model.layers.0": 7}
+    head, embedding = {"model.lm_head": 1}, {"model.model.embed_tokens": 1}
+    assert paths(model) == {**head, **blocks, **embedding, "model.model": 0}
+    assert list(paths(model))[-1] == "model.model"
+    assert paths(model, ("layers",)) == {**blocks, "model.model": 0}
+    # half of a block is a piece of its own, and comes before the other half
+    assert paths(model, ("layers", "mlp"))["model.model.layers.0"] == 4
+    with pytest.raises(PEFTError, match=r"shard: 'layers' is a string; give a list, \['layers'\]"):
+        find_units(model, "layers")
+
+
+def test_tied_weights_stay_whole() -> None:
+    model = Language()
+    model.model.lm_head.weight = model.model.model.embed_tokens.weight
+    inject(model, LoRA(r=2))
+    assert "model.lm_head" not in paths(model)
+    assert "model.model.embed_tokens" not in paths(model)
+
+
+def test_pieces_of_a_model_without_blocks() -> None:
+    class Plain(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small = nn.Linear(2, 2)
+            self.attention = nn.MultiheadAttention(32, 4)
+            self.body = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+
+    # attention reads the weight of a layer in it, and is one piece with it
+    model = inject(Plain(), LoRA(r=2, target_modules=["body.0"]))
+    assert paths(model) == {"body.2": 1, "body.0": 1, "attention": 2}
