@@ -3,8 +3,6 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.registration import register_strategies
-
 if TYPE_CHECKING:
     from lightning_peft.callback import PEFT, load_from_checkpoint
     from lightning_peft.injection import (
@@ -17,6 +15,7 @@ if TYPE_CHECKING:
     )
     from lightning_peft.interchange import export_adapter, import_adapter, merge, save_merged, unmerge
     from lightning_peft.methods import METHODS, Method, PEFTError
+    from lightning_peft.quantization import Quantization
     from lightning_peft.strategies import PEFTDDPStrategy, PEFTFSDPStrategy
 
 _HOMES = {
@@ -24,6 +23,7 @@ _HOMES = {
     "injection": ("adapter_per_row", "disable_adapters", "inject", "remove", "set_adapter", "trainable_parameters"),
     "interchange": ("export_adapter", "import_adapter", "merge", "save_merged", "unmerge"),
     "methods": ("METHODS", "Method", "PEFTError"),
+    "quantization": ("Quantization",),
     "strategies": ("PEFTDDPStrategy", "PEFTFSDPStrategy"),
 }
 """Where each public name is found once it is asked for: `lightning-peft --help` needs neither torch nor Lightning."""
@@ -36,6 +36,7 @@ __all__ = [
     "PEFTDDPStrategy",
     "PEFTError",
     "PEFTFSDPStrategy",
+    "Quantization",
     "adapter_per_row",
     "disable_adapters",
     "export_adapter",
@@ -49,8 +50,6 @@ __all__ = [
     "trainable_parameters",
     "unmerge",
 ]
-
-register_strategies()
 
 
 def __getattr__(name: str) -> Any:

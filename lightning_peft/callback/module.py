@@ -45,6 +45,7 @@ from lightning_peft.state import (
     spec_of,
     tensor_faults,
 )
+from lightning_peft.strategies import PEFTFSDPStrategy
 from lightning_peft.strategies.agreement import agree_on_configuration, everyones, faults_told
 
 NOTICE = (
@@ -113,6 +114,11 @@ class AdaptedModule(Swapped, LightningModule):
         plan = self._peft_plan
         with loading(plan.base.policy(plan.method, plan.modules_to_save)):
             self._own_hook("configure_model")()
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if plan.spec is not None and not isinstance(strategy, PEFTFSDPStrategy):
+            refuse_sharded(
+                self, "strategy", "an earlier run sharded it: go on with 'peft_fsdp', or build the module anew"
+            )
         if plan.spec is None:
             refuse_sharded(
                 self,

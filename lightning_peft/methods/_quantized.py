@@ -59,10 +59,18 @@ class PackedWeight:
         return self.state if isinstance(self.state, Tensor) else cast(Tensor, self.state.absmax)
 
     @property
-    def offset(self) -> float:
-        """What a double quantization takes from the scales before it codes them, their mean; otherwise 0."""
-        has_offset = not isinstance(self.state, Tensor) and self.state.nested
-        return float(self.state.offset) if has_offset else 0.0
+    def is_nested(self) -> bool:
+        """Whether its scales are packed, too."""
+        return not isinstance(self.state, Tensor) and bool(self.state.nested)
+
+    def plain_scales(self) -> Tensor:
+        """The scales in fp32: of each block of 4-bit codes, or of each row of int8's."""
+        from bitsandbytes import functional
+
+        if not self.is_nested:
+            return self.scales
+        scales: Tensor = functional.dequantize_blockwise(self.scales, self.state.state2).float() + self.state.offset
+        return scales
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W, unpacked in fp32 whatever it was packed from, in `dtype`.
@@ -94,9 +102,7 @@ class PackedWeight:
         if not isinstance(self.state, Tensor):
             self._check()
             codes, size = self.data.view(torch.uint8).reshape(-1), self.state.blocksize
-            scales = self.state.absmax
-            if self.state.nested:
-                scales = functional.dequantize_blockwise(scales, self.state.state2).float() + self.state.offset
+            scales = self.plain_scales()
         for start in range(0, rows, step):
             own = slice(start, min(start + step, rows))
             if isinstance(self.state, Tensor):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -15,6 +14,8 @@ from lightning_peft.methods._quantized import PackedWeight, stored
 
 SAMPLES = 64
 """Values read of each tensor."""
+SCALES = 8
+"""Scales of those that are packed themselves."""
 
 Fingerprint = dict[str, str]
 KEPT = "_sampled"
@@ -56,8 +57,8 @@ def sample_bytes(tensor: Tensor, samples: int = SAMPLES) -> bytes:
 def fingerprint(base: Mapping[str, Tensor | PackedWeight | Sampled]) -> Fingerprint:
     """SHA-256 digests of the base's names and shapes, of its dtypes, and of sampled values.
 
-    A packed weight has the shape that it stands for, its kind for a dtype, and its codes and scales for values, in
-    whatever dtype they are stored.
+    A packed weight has the shape that it stands for, its kind for a dtype, and its scales for values: a CPU and a GPU
+    don't pack every value of fp4 or int8 into the same code, but the largest of a block is the same.
 
     Args:
         base: the frozen parameters by name. 1 GB of them takes well under a second, since only `SAMPLES` values of each
@@ -80,9 +81,12 @@ def _sample(tensor: Tensor | PackedWeight) -> bytes:
     if isinstance(tensor, PackedWeight):
         if tensor.data.is_meta:
             return b""
-        # the last bits of a mean depend on the device that took it, so of this one only the size counts
-        size = round(8 * math.log2(tensor.offset)) if tensor.offset > 0 else 0
-        return sample_bytes(tensor.data.view(torch.uint8)) + sample_bytes(tensor.scales) + str(size).encode()
+        if not tensor.is_nested:
+            return sample_bytes(tensor.scales)
+        # their mean has other last bits on another device, so that of each scale only the size counts
+        scales = tensor.plain_scales()
+        sizes = scales[:: max(1, len(scales) // SCALES)][:SCALES].clamp(min=1e-30).log2().mul(8).round()
+        return bytes(sizes.short().view(torch.uint8).cpu().tolist())
     return sample_bytes(tensor)
 
 

@@ -24,7 +24,7 @@ class Unit:
     path: str
     module: nn.Module
     weights: tuple[tuple[nn.Module, str], ...]
-    """What is sharded: modules in it that have a weight, and the weight's name there; none where it only calls others."""
+    """What is sharded: modules in it that have a weight, and its name there; none where it only calls others."""
 
 
 def find_units(model: nn.Module, names: Sequence[str] = (), whole: Container[str] = ()) -> list[Unit]:

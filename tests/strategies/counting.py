@@ -1,11 +1,16 @@
-"""What this process sends and receives, by kind of collective."""
+"""What this process sends and receives, by kind of collective, and the memory that it takes."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,3 +48,29 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+
+
+class Peak(L.Callback):
+    """The most anonymous memory that the process takes until training starts, beyond what it had before."""
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        self._start = self.bytes = anonymous()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.bytes = max(self.bytes, anonymous())
+
+    def on_train_start(self, *_: Any) -> None:
+        self._done.set()
+        self._thread.join()
+        self.bytes -= self._start
+
+
+def anonymous() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024

@@ -5,11 +5,8 @@ Run as `python -m tests.strategies.sharded FOLDER NAMES`; see ranks.py.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +38,7 @@ from lightning_peft.state import frozen_tensors
 from lightning_peft.tracking import PredictionFile
 from tests.callback.toys import Toy, trainer
 from tests.processes import ACCELERATOR
-from tests.strategies.counting import Collectives
+from tests.strategies.counting import Collectives, Peak
 from tests.strategies.ranks import RANK, Alternating, Centred, fit, main, manual, refused
 
 WIDE = {"hidden_size": 128, "intermediate_size": 384}
@@ -330,6 +327,7 @@ def faults(folder: Path) -> dict[str, Any]:
     same = Language()
     run(folder, peft=plain()).fit(same, text())
     found["wanted"] = same.losses
+    found["other strategy"] = refused(lambda: run(folder, "peft_ddp", peft=plain()).test(same, text(), verbose=False))
     try:
         run(folder, peft=PEFT(LoRA(r=4))).fit(Reading(), text())
     except RuntimeError as error:
@@ -378,32 +376,6 @@ def streamed(folder: Path) -> dict[str, Any]:
 
 def of_queries(name: str) -> Any:
     return (DoRA if name == "DoRA" else LoRA)(r=4, target_modules=["q_proj"])
-
-
-class Peak(L.Callback):
-    """The most anonymous memory that the process takes until training starts, beyond what it had before."""
-
-    def setup(self, *_: Any, **__: Any) -> None:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        self._start = self.bytes = anonymous()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self.bytes = max(self.bytes, anonymous())
-
-    def on_train_start(self, *_: Any) -> None:
-        self._done.set()
-        self._thread.join()
-        self.bytes -= self._start
-
-
-def anonymous() -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

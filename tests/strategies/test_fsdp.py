@@ -218,6 +218,10 @@ def test_faults_are_told(found: Found) -> None:
         "peft_fsdp: model.model.embed_tokens.weight is on the meta device; give PEFT(base_weights=…), the file or "
         "folder of its weights"
     )
+    assert one["other strategy"] == (
+        "strategy: model.model.embed_tokens.weight is sharded, of which this process holds a part; an earlier run "
+        "sharded it: go on with 'peft_fsdp', or build the module anew"
+    )
     assert one["synced"] == one["wanted"]
     for rank in (one, two):
         assert "A weight was read of a module that was not called, so that it was not gathered" in rank["reading"]
