@@ -2,6 +2,7 @@
 
     python examples/methods_table.py                             # every method over three seeds; hours on a laptop
     python examples/methods_table.py --methods LoRA IA3 --seeds 0 --short
+    python examples/methods_table.py --methods "LoRA over bf16" "LoRA over nf4-dq"
 
 A row is written to runs/methods_table/results.csv as soon as a run has ended, and a run that is there is not run again.
 """
@@ -29,6 +30,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 PROBE = "linear probe"
 WITHOUT_DEFAULTS = ("HFPeft", "Hybrid")
+BASES = {
+    "LoRA over bf16": ["--peft.method=LoRA", "--peft.base_dtype=bfloat16"],
+    "LoRA over nf4-dq": ["--peft.method=LoRA", "--peft.base_dtype=bfloat16", "--peft.quantization=nf4-dq"],
+}
+"""Rows that are asked for by name, to see what 4 bits cost."""
 SHORT = ["--data.rows_per_library=120", "--trainer.max_epochs=2"]
 FIELDS = ("method", "seed", "accuracy", "trainable", "seconds")
 
@@ -49,7 +55,7 @@ def command(method: str, seed: int, folder: Path, short: bool) -> list[str]:
     if method == PROBE:
         words += ["--model=examples.methods_table.LinearProbe", "--model.learning_rate=3e-2", "--peft.method=null"]
     else:
-        words += [f"--peft.method={method}"]
+        words += BASES.get(method, [f"--peft.method={method}"])
     words += [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}"]
     return [*words, "--trainer.enable_progress_bar=false", *(SHORT if short else [])]
 
@@ -132,7 +138,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(header, justify="left" if header == "method" else "right")
     for method in sorted(mean, key=lambda name: -mean[name]):
         own = [row for row in rows if row["method"] == method]
-        rate = f"{METHODS[method].learning_rate:g}" if method in METHODS else "0.03"
+        rate = "0.03" if method == PROBE else f"{METHODS[method.split()[0]].learning_rate:g}"
         spread = max(accuracies[method]) - min(accuracies[method])
         above = f"{mean[method] - mean[PROBE]:+.3f}" if PROBE in mean and method != PROBE else ""
         seconds = statistics.median(int(row["seconds"]) for row in own)
