@@ -55,10 +55,8 @@ def check_trainer(trainer: pl.Trainer, callback: PEFT) -> None:
         "strategy='ddp'": start_method in ("spawn", "fork", "forkserver"),
         f"{type(strategy).__name__} (FSDP1) flattens frozen and trained parameters into one, and gathers the base for "
         "a checkpoint; use strategy='peft_fsdp'": isinstance(strategy, FSDPStrategy),
-        "DeepSpeed's stage 3 shards weights by their shape, which packed ones don't have; use strategy='peft_fsdp', or "
-        "'deepspeed_stage_2'": (
-            isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and callback.base.quantization is not None
-        ),
+        "DeepSpeed writes its own checkpoints, with the frozen base in them, and loads weights before they can be "
+        "checked; use strategy='peft_fsdp', or 'peft_ddp'": isinstance(strategy, DeepSpeedStrategy),
     }
     faults = [reason for reason, is_so in reasons.items() if is_so]
     faults += precision_faults(trainer, callback.base)

@@ -74,7 +74,7 @@ class PTuning(PromptMethod):
     """Where P goes: {prompt}, once or more, around {input}; several slots share the virtual tokens evenly. In a decoder
     it must end in {input}. A slot behind the input follows its last token, before any padding."""
 
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
     peft_defaults: ClassVar[Mapping[str, Any]] = _prompts_peft.P_TUNING
 
     def faults(self) -> list[str]:

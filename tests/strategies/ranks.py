@@ -337,6 +337,11 @@ def resumed(folder: Path) -> dict[str, Any]:
     return found
 
 
+def as_in_ray(folder: Path) -> dict[str, Any]:
+    """What test_ray.py trains under Ray."""
+    return fit(folder, Plain(), max_epochs=3, peft=plain())
+
+
 def unbroken(folder: Path) -> dict[str, Any]:
     return run_to_the_end(folder / "unbroken")
 
