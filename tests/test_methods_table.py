@@ -34,8 +34,9 @@ MARGINS = {
     "PTuning": 0.005,
 }
 """Accuracy above the probe's that `python examples/methods_table.py` has to give, in the mean of three seeds."""
-SHORT_MARGINS = {"LoRA": 0.05, "IA3": 0.05, "PTuningV2": 0.05}
-"""The same for one method of each kind and one seed, with fewer and shorter rows and two epochs."""
+SHORT_MARGINS = {"IA3": 0.08, "PTuningV2": 0.04}
+"""The same for two methods of other kinds than the quickstart's own and one seed, with fewer and shorter rows and two
+epochs."""
 
 
 def test_the_readme_has_every_method_above_its_margin() -> None:

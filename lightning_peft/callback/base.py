@@ -133,7 +133,11 @@ def base_faults(quantization: Any = None, base_dtype: Any = None, base_weights: 
     faults: list[str] = []
     if quantization is not None:
         try:
-            Quantization(**quantization) if isinstance(quantization, Mapping) else Quantization.of(quantization)
+            if isinstance(quantization, Mapping):
+                # a parser may leave a class with its path or take that away
+                Quantization(**(quantization["init_args"] if "class_path" in quantization else quantization))
+            else:
+                Quantization.of(quantization)
         except PEFTError as error:
             faults += error.faults
     if base_dtype is not None:

@@ -97,7 +97,7 @@ def test_wrong_fields_are_told_at_once(name: str):
         f"{name}.dropout: 1.0 is not a probability below 1; it must be in [0, 1)",
         f"{name}.target_modules: is empty, and target_parameters too; name at least one",
         f"{name}.lora_plus: -1 is not a ratio of learning rates; it must be above 0",
-        f"{name}.init: 'pisa' is none of default, gaussian, pissa, pissa_niter_16, olora; did you mean 'pissa'?",
+        f"{name}.init: 'pisa' is none of default, gaussian, pissa, pissa_niter_16, olora, loftq; did you mean 'pissa'?",
         f"{name}.exclude_modules: '(' is not a regular expression (missing ), unterminated subpattern at position 0)",
     )
 
