@@ -48,6 +48,25 @@ def test_it_learns_and_its_checkpoint_is_used_as_the_closing_lines_say(
     assert float(again[1]) == pytest.approx(best, abs=1e-3)
 
 
+def test_over_4_bits_it_learns_as_over_16(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.set_num_threads(2)
+    monkeypatch.chdir(tmp_path)
+    short = ["--config", str(CONFIG), "--data.rows_per_library=80", "--data.max_length=32", "--trainer.max_epochs=1"]
+    short += ["--model.learning_rate=3e-3", "--data.batch_size=8"]
+    losses = {}
+    for name, options in {"bf16": [], "nf4-dq": ["--peft.quantization=nf4-dq"]}.items():
+        quiet = ["--peft.base_dtype=bfloat16", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+        assert main(["fit", *short, *options, *quiet]) == 0
+        row = re.search(r"val_loss\D+([\d.]+)", capsys.readouterr().out)
+        assert row is not None
+        losses[name] = float(row[1])
+    assert losses["bf16"] < 1.8  # ln 8 = 2.08 is chance
+    assert losses["nf4-dq"] == pytest.approx(losses["bf16"], abs=0.1)
+
+
 def test_the_config_is_short_and_says_how_to_launch_it() -> None:
     text = CONFIG.read_text(encoding="utf-8")
     assert "lightning-peft fit --config configs/quickstart.yaml" in text.split("\n\n")[0]
