@@ -29,7 +29,7 @@ def check_trainer(trainer: pl.Trainer, callback: PEFT) -> None:
     """
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
     before = callbacks[: callbacks.index(callback)]
-    strategy = trainer.strategy
+    strategy, averages = trainer.strategy, _averages(trainer)
     start_method = getattr(strategy, "_start_method", "popen")
     reasons = {
         "StochasticWeightAveraging copies the model before adapters are attached; use WeightAveraging, listed after "
@@ -38,13 +38,10 @@ def check_trainer(trainer: pl.Trainer, callback: PEFT) -> None:
             isinstance(other, WeightAveraging) for other in before
         ),
         "WeightAveraging copies the base and swaps its weights, of which each process holds a part under peft_fsdp; "
-        "leave it out, or use strategy='peft_ddp'": isinstance(strategy, PEFTFSDPStrategy)
-        and any(isinstance(other, WeightAveraging) for other in callbacks),
+        "leave it out, or use strategy='peft_ddp'": isinstance(strategy, PEFTFSDPStrategy) and averages,
         f"WeightAveraging would average weights that {type(callback.method).__name__} prunes with those from before, "
-        "and so bring back what was cut; leave it out": callback.method.prunes
-        and any(isinstance(other, WeightAveraging) for other in callbacks),
-        AVERAGED_CODES: callback.base.quantization is not None
-        and any(isinstance(other, WeightAveraging) for other in callbacks),
+        "and so bring back what was cut; leave it out": callback.method.prunes and averages,
+        AVERAGED_CODES: callback.base.quantization is not None and averages,
         "two PEFT callbacks are in one Trainer; leave one": any(isinstance(other, type(callback)) for other in before),
         "sync_batchnorm=True replaces normalization layers after adapters are attached; in configure_model, convert "
         "the model with torch.nn.SyncBatchNorm.convert_sync_batchnorm instead": (
@@ -70,5 +67,9 @@ def check_averages(trainer: pl.Trainer) -> None:
     Raises:
         PEFTError: it does.
     """
-    if any(isinstance(other, WeightAveraging) for other in trainer.callbacks):  # type: ignore[attr-defined]
+    if _averages(trainer):
         raise PEFTError(AVERAGED_CODES)
+
+
+def _averages(trainer: pl.Trainer) -> bool:
+    return any(isinstance(other, WeightAveraging) for other in trainer.callbacks)  # type: ignore[attr-defined]

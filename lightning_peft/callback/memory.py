@@ -227,12 +227,8 @@ def _put_back(module: nn.Module, name: str, function: Base | None) -> None:
 
 
 def _is_cache(value: object) -> bool:
-    return isinstance(value, _of_transformers("cache_utils", "Cache"))
-
-
-def _of_transformers(module: str, name: str) -> Any:
-    """A class, for isinstance, where transformers has been imported; else none."""
-    return getattr(sys.modules.get(f"transformers.{module}"), name, ())
+    # where there is one, that has been imported
+    return isinstance(value, getattr(sys.modules.get("transformers.cache_utils"), "Cache", ()))
 
 
 def _switches(model: nn.Module) -> list[Any]:

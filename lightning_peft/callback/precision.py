@@ -118,7 +118,7 @@ def warn_of_precision(trainer: pl.Trainer, base_dtype: torch.dtype | None) -> No
     kept = (BaseHalfPrecision, BaseTransformerEnginePrecision)
     own = None if isinstance(trainer.precision_plugin, kept) else computed
     if own is not None:
-        # FSDP1's and DeepSpeed's plugins cast what they are given
+        # plugins of other accelerators cast what they are given
         instead = "use precision='32-true'" if base_dtype is not None else f"give PEFT(base_dtype={own!r})"
         rank_zero_warn(
             f"precision={precision!r} keeps adapters and their optimizer in {own} too, where an update below "

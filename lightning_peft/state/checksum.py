@@ -14,7 +14,7 @@ def checksum(tensor: Tensor) -> int:
     """64 bits over every byte of `tensor`, for comparing tensors of the same shape and dtype that lie in two places.
 
     A sum of integers that wrap, weighted by their place: it depends neither on the device nor on an order of summation,
-    and takes little more time than reading the tensor (2.8 GB/s on a core of a CPU). Zero where there are no bytes, as
+    and takes little more time than reading the tensor. Zero where there are no bytes, as
     on the meta device.
     """
     if tensor.is_meta or not tensor.numel():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
+from lightning_peft.methods._host import own_tensors
 from lightning_peft.state import checksum, frozen_buffers
 from lightning_peft.strategies.agreement import broadcast, everyones
 
@@ -48,10 +51,44 @@ class MovingBuffers:
     @torch.no_grad()
     def send(self) -> None:
         """Take the first rank's values of those that move."""
-        if self.names:
-            here = frozen_buffers(self._module)
-            for name in self.names:
-                broadcast(here[name])
+        for name in self.names:
+            path, _, own = name.rpartition(".")
+            broadcast(own_tensors(self._module.get_submodule(path))[own])
+
+
+class KeepsBuffersEqual(Strategy):
+    """Mixed in front of a strategy of Lightning's, which sets `buffers` as soon as the module is on its device."""
+
+    buffers: MovingBuffers | None = None
+
+    @property
+    def sends_buffers(self) -> bool:
+        """Whether buffers are sent while training goes on, as they are when it ends."""
+        return True
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Send the base's buffers that training moves."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self.buffers is not None and self.sends_buffers:
+            self.buffers.before_batch()
+
+    def on_validation_start(self) -> None:
+        """The same."""
+        super().on_validation_start()
+        if self.buffers is not None and self.sends_buffers:
+            self.buffers.send()
+
+    def on_train_end(self) -> None:
+        """The ranks end with one base, the first one's."""
+        super().on_train_end()
+        if self.buffers is not None:
+            self.buffers.find()
+            self.buffers.send()
+
+    def teardown(self) -> None:
+        """Let go of the module."""
+        self.buffers = None
+        super().teardown()
 
 
 def _checksums(buffers: Mapping[str, Tensor]) -> dict[str, int]:

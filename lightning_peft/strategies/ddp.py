@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_peft.state import frozen_tensors
 from lightning_peft.strategies.agreement import agree_on_base
-from lightning_peft.strategies.buffers import MovingBuffers
+from lightning_peft.strategies.buffers import KeepsBuffersEqual, MovingBuffers
 
 MARK = "_ddp_ignored"
 MARKS = "_ddp_params_and_buffers_to_ignore"
@@ -20,7 +20,7 @@ LOST = (
 )
 
 
-class PEFTDDPStrategy(DDPStrategy):
+class PEFTDDPStrategy(KeepsBuffersEqual, DDPStrategy):
     """DDP that sends what trains, and nothing else: `strategy="peft_ddp"`.
 
     Lightning's `ddp` broadcasts all parameters and buffers when training starts and again before it validates, tests or
@@ -43,7 +43,6 @@ class PEFTDDPStrategy(DDPStrategy):
     def __init__(self, *, sync_base: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.sync_base = sync_base
-        self._buffers: MovingBuffers | None = None
 
     def model_to_device(self) -> None:
         """Move the model, compare the ranks' bases, and leave them out of what DDP sends from here on."""
@@ -54,7 +53,7 @@ class PEFTDDPStrategy(DDPStrategy):
         agree_on_base(frozen, sync=self.sync_base)
         # private, as the method that sets it: checked on torch 2.13 and lightning 2.6, whose DDP strategy reads it too
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(frozen))  # type: ignore[no-untyped-call]
-        self._buffers = MovingBuffers(module)
+        self.buffers = MovingBuffers(module)
 
     def configure_ddp(self) -> None:
         """As Lightning does, which drops a communication hook on a CPU; DDP takes it there, too."""
@@ -64,25 +63,6 @@ class PEFTDDPStrategy(DDPStrategy):
             assert isinstance(self.model, DistributedDataParallel)
             wrap = self._ddp_comm_wrapper
             self.model.register_comm_hook(self._ddp_comm_state, hook if wrap is None else wrap(hook))
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Send the base's buffers that training moves."""
-        super().on_train_batch_start(batch, batch_idx)
-        if self._buffers is not None and self._sends_buffers:
-            self._buffers.before_batch()
-
-    def on_validation_start(self) -> None:
-        """The same."""
-        super().on_validation_start()
-        if self._buffers is not None and self._sends_buffers:
-            self._buffers.send()
-
-    def on_train_end(self) -> None:
-        """The ranks end with one base, the first one's."""
-        super().on_train_end()
-        if self._buffers is not None:
-            self._buffers.find()
-            self._buffers.send()
 
     def on_exception(self, exception: BaseException) -> None:
         """Say what to do where another rank is gone, and where a parameter was not used."""
@@ -97,11 +77,11 @@ class PEFTDDPStrategy(DDPStrategy):
         """Take the marks off the model: under another strategy they would hide what then trains."""
         if self.lightning_module is not None:
             _unmark(self.lightning_module)
-        self._buffers = None
         super().teardown()
 
     @property
-    def _sends_buffers(self) -> bool:
+    def sends_buffers(self) -> bool:
+        """As DDP is asked to."""
         names = ("broadcast_buffers", "forward_sync_buffers")
         return all(self._ddp_kwargs.get(name) is not False for name in names)
 

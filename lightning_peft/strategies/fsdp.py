@@ -22,7 +22,7 @@ from lightning_peft.methods._sharded import is_sharded
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import frozen_tensors, keep_sample
 from lightning_peft.strategies.agreement import agree_on_base, everyones, faults_told
-from lightning_peft.strategies.buffers import MovingBuffers
+from lightning_peft.strategies.buffers import KeepsBuffersEqual, MovingBuffers
 from lightning_peft.strategies.ddp import tell_of_lost_ranks
 from lightning_peft.strategies.gradients import average_gradients, make_equal
 from lightning_peft.strategies.sharding import Sharding, begin_together, is_prepared, tell_transformers
@@ -31,14 +31,15 @@ from lightning_peft.strategies.units import Unit, find_units
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-class PEFTFSDPStrategy(ModelParallelStrategy):
+class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
     """FSDP2 for the frozen base alone: `strategy="peft_fsdp"`.
 
     Each rank keeps its part of the base's matrices and gathers those of one block at a time. What trains is whole on
     every rank, and its gradients are averaged by one all-reduce a step. Adapters are small beside the base; so they,
     their optimizer's state and their checkpoints are as under any other strategy, on any number of ranks. To shard them
-    with their block was measured, too (LoRA of rank 16 and 64 on 8 blocks, two ranks of gloo): it sends 8% and 30% more
-    in 8 collectives in place of one, and a step takes 1.1 to 1.6 times as long.
+    with their block was measured, too (LoRA of rank 16 and 64 on 8 blocks, two ranks of gloo, by
+    tests/strategies/whole_or_sharded.py): it sends 8% and 30% more, in 8 collectives in place of one, and a step takes
+    1.1 to 1.6 times as long. A module stays sharded after a run, for a later one.
 
     Args:
         replicas: how many times the base is held: 1 shards it over all ranks; with as many as there are nodes, weights
@@ -84,7 +85,6 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
             timeout=timeout,
         )
         self.replicas, self.names, self.cpu_offload, self.sync_base = replicas, shard, cpu_offload, sync_base
-        self._buffers: MovingBuffers | None = None
         self._predicted: list[tuple[int, int]] = []
 
     def setup_environment(self) -> None:
@@ -129,7 +129,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         self._agree(module, "")
         frozen = {id(tensor) for tensor in frozen_tensors(module).values()}
         make_equal(tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in frozen)
-        self._buffers = MovingBuffers(module)
+        self.buffers = MovingBuffers(module)
 
     def pieces(self, module: pl.LightningModule, whole: Container[str]) -> dict[str, Callable[[], None]]:
         """How to shard a base that is yet to be loaded, so that no rank ever has all of it: see `load_base`.
@@ -188,25 +188,6 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         own, most = self._predicted[loader]
         return most - own if index + 1 == own else 0
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Send the base's buffers that training moves."""
-        super().on_train_batch_start(batch, batch_idx)
-        if self._buffers is not None:
-            self._buffers.before_batch()
-
-    def on_validation_start(self) -> None:
-        """The same."""
-        super().on_validation_start()
-        if self._buffers is not None:
-            self._buffers.send()
-
-    def on_train_end(self) -> None:
-        """The ranks end with one base, the first one's."""
-        super().on_train_end()
-        if self._buffers is not None:
-            self._buffers.find()
-            self._buffers.send()
-
     def on_exception(self, exception: BaseException) -> None:
         """Say what to do where another rank is gone, and where a sharded weight was read without a call."""
         super().on_exception(exception)
@@ -216,11 +197,6 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
                 f"{exception}\nA weight was read of a module that was not called, so that it was not gathered: name "
                 "the modules to shard in PEFTFSDPStrategy(shard=[…]), such as the list of blocks, without that one.",
             )
-
-    def teardown(self) -> None:
-        """The module stays sharded, for a later run."""
-        self._buffers = None
-        super().teardown()
 
     # what is saved and loaded is whole on every rank: as for one device, without ModelParallelStrategy's gathering
 
