@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+from tests.forked import ROOT, Forked
+
 ACCELERATOR = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
 """Where two processes train."""
 OURS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")
@@ -24,27 +25,21 @@ class Processes:
 
     Args:
         folder: where what they print is written.
+        fresh: start Python anew for each, which takes seconds, so that it reads its environment as it begins.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._started: list[tuple[subprocess.Popen[bytes], Path]] = []
+    def __init__(self, folder: Path, fresh: bool = False) -> None:
+        self.folder, self.fresh = folder, fresh
+        self._started: list[tuple[Forked | subprocess.Popen[bytes], Path]] = []
 
-    def start(self, words: Sequence[object], **environment: object) -> subprocess.Popen[bytes]:
+    def start(self, words: Sequence[object], **environment: object) -> Forked | subprocess.Popen[bytes]:
         """Start Python with these words, in the repository's root."""
         self.folder.mkdir(parents=True, exist_ok=True)
         log = self.folder / f"process{len(self._started)}.log"
         kept = {name: value for name, value in os.environ.items() if name not in OURS}
         settings = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "HF_HUB_OFFLINE": 1, "PYTHONUNBUFFERED": 1, **environment}
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, *map(str, words)],
-                cwd=ROOT,
-                env={**kept, **{name: str(value) for name, value in settings.items()}},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        given, variables = [str(word) for word in words], {**kept, **{name: str(v) for name, v in settings.items()}}
+        process = _execute(given, variables, log) if self.fresh else Forked(given, variables, log)
         self._started.append((process, log))
         return process
 
@@ -59,7 +54,7 @@ class Processes:
         for process, _ in self._started:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            except (TimeoutError, subprocess.TimeoutExpired):
                 _kill(process)
         codes = [process.wait() for process, _ in self._started]
         return codes, [log.read_text(errors="replace") for _, log in self._started]
@@ -73,9 +68,11 @@ class Processes:
                 _kill(process)
 
 
-def ranks(folder: Path, words: Sequence[object], count: int = 2, **environment: object) -> Processes:
+def ranks(
+    folder: Path, words: Sequence[object], count: int = 2, fresh: bool = False, **environment: object
+) -> Processes:
     """`count` processes of one run on this machine, as a cluster's manager would start them."""
-    processes = Processes(folder)
+    processes = Processes(folder, fresh)
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": count}
     for rank in range(count):
         processes.start(words, **there, NODE_RANK=0, LOCAL_RANK=rank, **environment)
@@ -83,10 +80,15 @@ def ranks(folder: Path, words: Sequence[object], count: int = 2, **environment: 
 
 
 def run_ranks(
-    folder: Path, words: Sequence[object], count: int = 2, timeout: float = 150, **environment: object
+    folder: Path,
+    words: Sequence[object],
+    count: int = 2,
+    timeout: float = 150,
+    fresh: bool = False,
+    **environment: object,
 ) -> str:
     """What `ranks` print, when all of them have ended well."""
-    with ranks(folder, words, count, **environment) as processes:
+    with ranks(folder, words, count, fresh, **environment) as processes:
         codes, printed = processes.finish(timeout)
     assert codes == [0] * count, "\n".join(f"--- rank {rank} ---\n{text[-6000:]}" for rank, text in enumerate(printed))
     return "".join(printed)
@@ -99,6 +101,18 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _execute(words: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _kill(process: Forked | subprocess.Popen[bytes]) -> None:
     # with those that it started itself
     os.killpg(process.pid, signal.SIGKILL)

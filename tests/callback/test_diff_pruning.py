@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import textwrap
 from collections import OrderedDict
 from pathlib import Path
@@ -23,8 +21,8 @@ from lightning_peft.injection import method_adapters
 from lightning_peft.methods._diff_layers import Diff, all_diffs
 from lightning_peft.state import adapter_tensors
 from tests.callback.toys import Manual, Toy, data, tensors, trainer
+from tests.processes import run_ranks
 
-ROOT = Path(__file__).parents[2]
 TARGETS = ["body.0", "body.1", "body.4"]
 ENTRIES = (8 * 16 + 16) + 2 * 16 + (16 * 16 + 16)
 
@@ -297,8 +295,4 @@ def test_data_parallel_training_goes_on_after_pruning(tmp_path: Path) -> None:
         trainer({str(tmp_path)!r}, method=pruning(), max_epochs=2, strategy="ddp", devices=1).fit(module, data())
         print(sum(int(diff.mask.sum()) for diff in diffs(module)))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-1] == "22"
+    assert run_ranks(tmp_path, ["-c", textwrap.dedent(script)], count=1).split()[-1] == "22"

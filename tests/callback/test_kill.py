@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,7 @@ import torch
 from lightning_peft import load_from_checkpoint
 from lightning_peft.state import AtomicCheckpointIO, read_checkpoint
 from tests.callback.toys import Toy
-
-ROOT = Path(__file__).parents[2]
+from tests.forked import Forked
 
 SAVE_FOREVER = """
 import sys, torch
@@ -26,7 +25,7 @@ io, count = AtomicCheckpointIO(), 0
 while True:
     count += 1
     io.save_checkpoint({"count": count, "w": torch.full((400_000,), float(count))}, Path(sys.argv[1]) / "last.ckpt")
-    if count == 3: print("ready", flush=True)
+    if count == 3: (Path(sys.argv[1]) / "ready").touch()
 """
 
 FIT = """
@@ -49,9 +48,15 @@ torch.save(module.state_dict(), folder / "end.pt")
 """
 
 
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start(code: str, folder: Path, *arguments: object) -> Forked:
+    folder.parent.mkdir(exist_ok=True)
+    return Forked(["-c", code, str(folder), *map(str, arguments)], os.environ, folder.with_suffix(".log"))
+
+
+def wait_until(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 @pytest.mark.slow
@@ -59,11 +64,11 @@ def test_killed_while_saving(tmp_path: Path) -> None:
     rng = random.Random(0)
     for _ in range(6):
         process = start(SAVE_FOREVER, tmp_path)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        wait_until((tmp_path / "ready").exists)
         time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
+        (tmp_path / "ready").unlink()
         checkpoint = read_checkpoint(tmp_path / "last.ckpt")
         assert checkpoint["count"] >= 3
         assert torch.equal(checkpoint["w"], torch.full((400_000,), float(checkpoint["count"])))
@@ -74,18 +79,16 @@ def test_killed_while_saving(tmp_path: Path) -> None:
 def test_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     epochs, broken, unbroken = 6, tmp_path / "broken", tmp_path / "unbroken"
     process = start(FIT, unbroken, epochs)
-    assert process.wait() == 0, process.stdout and process.stdout.read()
+    assert process.wait() == 0, unbroken.with_suffix(".log").read_text()
     kills = 0
     for after in (1, 3):
         process = start(FIT, broken, epochs)
-        deadline = time.monotonic() + 60
-        while len(list(broken.glob("epoch*.ckpt"))) < after and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_until(lambda: len(list(broken.glob("epoch*.ckpt"))) >= after or process.poll() is not None)  # noqa: B023
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
     assert kills == 2
     process = start(FIT, broken, epochs)
-    assert process.wait() == 0, process.stdout and process.stdout.read()
+    assert process.wait() == 0, broken.with_suffix(".log").read_text()
     expected, ended = (torch.load(folder / "end.pt", weights_only=True) for folder in (unbroken, broken))
     assert expected.keys() == ended.keys()
     for key, value in expected.items():

@@ -20,6 +20,7 @@ from lightning_peft.data.translation import TranslationData
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.tasks.schedules import configure
 from tests.data.decoders import CHATML, faults_of, learned_text, save_tokenizer
+from tests.processes import run_ranks
 
 Write = Callable[..., str]
 GIGABYTE = 10**9
@@ -211,10 +212,7 @@ def test_two_processes_take_equally_many_batches_of_disjoint_rows(write: Write, 
         for number in range(200)
     ]
     out = tmp_path / "out"
-    # the launcher runs the file again for the other rank
-    (script := tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, str(script), write("a.jsonl", rows), folder, str(tmp_path / "cache"), str(out)]
-    subprocess.run(command, check=True, timeout=390, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run_ranks(tmp_path, ["-c", RANKS, write("a.jsonl", rows), folder, tmp_path / "cache", out])
     (steps, first), (others, second) = (json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2))
     assert steps == others == 13
     assert not set(first) & set(second)

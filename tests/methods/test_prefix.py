@@ -6,8 +6,6 @@ import copy
 import inspect
 import io
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from lightning_peft.injection import adapters
 from lightning_peft.methods._prefix import FreePrefix
 from lightning_peft.state import adapter_tensors
 from tests.methods.prefix_models import DECODERS, ENCODERS, PREFIXABLE, SEQ2SEQ, build, inputs
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 N = 5
@@ -302,7 +301,7 @@ def test_a_pickled_model_runs_in_a_new_process(tmp_path: Path) -> None:
         "import sys, torch; model, given, expected = torch.load(sys.argv[1], weights_only=False); "
         "assert torch.equal(model(**given).logits, expected)"
     )
-    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True)
+    run_ranks(tmp_path, ["-c", code, tmp_path / "model.pt"], count=1)
 
 
 def test_the_layers_of_one_mlp_share_its_first_half_and_nothing_else() -> None:

@@ -52,7 +52,7 @@ def found(folder: Path, single: dict[str, Tensor]) -> Found:
     failure = ""
     try:
         # memory that is freed is given back to the system
-        run_ranks(folder, [*SCRIPT, folder, *TWO], timeout=500, MALLOC_MMAP_THRESHOLD_=2**16)
+        run_ranks(folder, [*SCRIPT, folder, *TWO], timeout=500, fresh=True, MALLOC_MMAP_THRESHOLD_=2**16)
     except AssertionError as error:
         failure = str(error)
     return lambda name: read(folder, name, 2, failure)

@@ -156,7 +156,7 @@ def test_prediction_without_rows_is_refused(form: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_devices_write_what_one_does(tmp_path: Path) -> None:
     """Seven rows: one device has a row more."""
-    devices = {"devices": 2, "strategy": "ddp_spawn"}
+    devices = {"devices": 2, "strategy": "ddp_fork"}
     trainer(tmp_path, PredictionFile(), **devices).predict(Squares("columns"), loader(), return_predictions=False)
     assert lines(tmp_path / "predictions.jsonl") == EXPECTED["columns"]
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
@@ -165,7 +165,7 @@ def test_two_devices_write_what_one_does(tmp_path: Path) -> None:
 @pytest.mark.xdist_group("devices")
 @pytest.mark.slow
 def test_stream_on_two_devices_is_refused(tmp_path: Path) -> None:
-    devices = {"devices": 2, "strategy": "ddp_spawn"}
+    devices = {"devices": 2, "strategy": "ddp_fork"}
     with pytest.raises(Exception, match="a data loader without a batch sampler can't be divided among devices"):
         trainer(tmp_path, PredictionFile(), **devices).predict(
             Squares(), DataLoader(Stream(), batch_size=3), return_predictions=False
