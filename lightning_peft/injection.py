@@ -15,13 +15,15 @@ from lightning_peft.methods._host import (
     SlowPath,
     Swapped,
     hosts,
+    own_tensors,
     put,
     refusal,
     swap,
 )
 from lightning_peft.methods._quantized import drop_error, is_quantized
 from lightning_peft.methods._saved_copy import SavedCopy, saved_copies
-from lightning_peft.methods._sharded import ON_ONE, refuse_sharded
+from lightning_peft.methods._sharded import ON_ONE, is_sharded, refuse_sharded
+from lightning_peft.methods._split import split_faults
 from lightning_peft.methods._targets import base_modules, find
 from lightning_peft.methods.base import Attachment, Method
 from lightning_peft.methods.errors import PEFTError, suggestion
@@ -96,6 +98,12 @@ def inject(model: M, method: Method, *, adapter_name: str = "default", modules_t
         f"modules_to_save: {path} is quantized, and can't be trained whole; name it in skip_modules of the quantization"
         for path, module in whole.items()
         if is_quantized(module)
+    ]
+    faults += split_faults(type(method).__name__, attachments)
+    faults += [
+        f"modules_to_save: {path} is split by tensor parallelism, and can't be trained whole; leave it out of the plan"
+        for path, module in whole.items()
+        if any(is_sharded(tensor) for tensor in own_tensors(module).values())
     ]
     if faults:
         raise PEFTError(list(dict.fromkeys(faults)))

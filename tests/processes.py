@@ -15,9 +15,12 @@ import torch
 
 from tests.forked import ROOT, Forked
 
-ACCELERATOR = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
-"""Where two processes train."""
 OURS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "PL_GLOBAL_SEED")
+
+
+def accelerator(count: int = 2) -> str:
+    """Where so many processes train: each on a GPU of its own, with nccl; or on the CPU, with gloo."""
+    return "cuda" if torch.cuda.device_count() >= count else "cpu"
 
 
 class Processes:

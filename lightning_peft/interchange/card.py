@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -22,6 +21,8 @@ from lightning_peft.methods._targets import base_modules
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import KEY, base_quantization
+from lightning_peft.state.secrets import SECRET_NAME, SECRET_VALUE
+from lightning_peft.state.versions import installed
 
 TAG = "lightning-peft"
 PIPELINES = {
@@ -40,8 +41,6 @@ PIPELINES = {
 """The hub's pipeline for a kind of model and its main input; others are not guessed."""
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification", "ForAudioClassification")
 AUTO_CLASSES = {"ForConditionalGeneration": "ForSeq2SeqLM", "LMHeadModel": "ForCausalLM"}
-SECRET_NAME = re.compile(r"(token|key|auth)$|secret|passw|pwd|credential", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"^(hf_|sk-|gh[a-z]_|xox)[\w-]{16,}$")
 Active = tuple[Method, str, tuple[str, ...]]
 VERSIONS = (TAG, "torch", "lightning", "transformers")
 
@@ -230,17 +229,10 @@ def _merged_loading(root: nn.Module, name: str) -> str:
 
 
 def _versions(merged: bool) -> str:
-    rows = [f"| {package} | {_version(package)} |" for package in VERSIONS]
+    rows = [f"| {package} | {installed(package)} |" for package in VERSIONS]
     if not merged:
         rows.append("| format | HF PEFT: adapter_config.json and adapter_model.safetensors |")
     return "\n".join(["| | |", "|---|---|", *rows])
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _public(value: Any) -> Any:

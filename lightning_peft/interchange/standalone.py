@@ -13,9 +13,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_peft.interchange.locations import resolve
-from lightning_peft.interchange.merging import dense_dtype_of
 from lightning_peft.interchange.roots import is_transformers_model, peft_root
 from lightning_peft.methods._host import active, hosts, own_class, own_tensors
+from lightning_peft.methods._merging import dense_dtype_of
 from lightning_peft.methods._quantized import dense_weight, packed
 from lightning_peft.methods._sharded import ON_ONE, refuse_sharded
 from lightning_peft.methods._targets import base_modules, inside

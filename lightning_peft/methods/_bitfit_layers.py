@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lightning_peft.methods._host import Adapter, Base, adapter_dtype, own_tensors
 from lightning_peft.methods._quantized import features
+from lightning_peft.methods._sharded import gathered, is_sharded
+from lightning_peft.methods._split import Part
 from lightning_peft.methods._target_modules import CONVS, weight_of
 from lightning_peft.methods._targets import is_conv1d
 from lightning_peft.methods.errors import PEFTError
@@ -48,15 +50,19 @@ class Biases(Adapter):
 
     def __init__(self, module: nn.Module, names: Sequence[str], shared: dict[int, nn.Parameter]) -> None:
         super().__init__()
-        self.overrides = tuple(names)
+        self.overrides, self.on_split = tuple(names), True
         for name in names:
             bias = weight_of(module, name)
             if id(bias) not in shared:
-                shared[id(bias)] = nn.Parameter(bias.detach().clone().to(adapter_dtype(bias)))
+                shared[id(bias)] = nn.Parameter(gathered(bias.detach()).clone().to(adapter_dtype(bias)))
             self.register_parameter(name, shared[id(bias)])
 
     def effective(self, module: nn.Module, name: str, frozen: Tensor) -> Tensor:
-        return own_tensors(self)[name].to(frozen.dtype)
+        bias = own_tensors(self)[name].to(frozen.dtype)
+        if not is_sharded(frozen):
+            return bias
+        part = Part(frozen)
+        return part.again(part.of(bias))
 
     def merged(self, module: nn.Module) -> dict[str, Tensor]:
         return own_tensors(self)

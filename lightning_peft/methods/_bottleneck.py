@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.methods._blocks import CONVS, Block, find_blocks
 from lightning_peft.methods._host import Adapter, Base, adapter_dtype
 from lightning_peft.methods._low_rank import as_written
+from lightning_peft.methods._split import on_whole
 from lightning_peft.methods._targets import ALL_LINEAR, base_modules, expression_faults, find, inside, is_conv1d
 from lightning_peft.methods.base import Attachment, Method
 from lightning_peft.methods.errors import PEFTError, suggestion
@@ -93,6 +94,8 @@ class Projection(nn.Module):
 class Bottleneck(Adapter):
     """h + U f(D h + b) + b', with h the output of the module that it stands on, or the first of its outputs."""
 
+    on_split = around_split = True
+
     def __init__(self, down: Projection, up: Projection, activation: str, place: Place) -> None:
         super().__init__()
         self.down, self.up, self.activation, self.place = down, up, activation, place
@@ -112,7 +115,7 @@ class Bottleneck(Adapter):
 def change_first(output: Any, module: nn.Module, change: Callable[[Tensor], Tensor]) -> Any:
     """The output of `module` with its tensor changed, or the first tensor of a tuple."""
     if isinstance(output, Tensor):
-        return change(output)
+        return on_whole(output, change)
     if type(output) is tuple and output and isinstance(output[0], Tensor):
         return (change(output[0]), *output[1:])
     raise PEFTError(

@@ -32,6 +32,8 @@ class Chain(Adapter):
         for place, adapter in parts.items():
             self.add_module(str(place), adapter)
         self.overrides = tuple(name for adapter in parts.values() for name in adapter.overrides)
+        self.on_split = all(adapter.on_split for adapter in parts.values())
+        self.around_split = all(adapter.around_split for adapter in parts.values())
 
     def part(self, place: int) -> Adapter | None:
         """The adapter of the method at that place, where it has one here."""

@@ -31,6 +31,10 @@ class Adapter(nn.Module):
 
     overrides: tuple[str, ...] = ()
     """Names of the module's own parameters or buffers whose value this adapter gives."""
+    on_split: bool = False
+    """Whether it can stand on a Linear that tensor parallelism has split; see `_split`."""
+    around_split: bool = False
+    """Whether it can stand on a module that has split layers in it."""
 
     def forward(self, base: Base, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The adapted output. `base` is the frozen module's own forward, to be called with the module's arguments."""
@@ -204,7 +208,7 @@ def _effective_property(name: str) -> property:
         frozen = own_tensors(self)[name]
         adapter = active(self)
         # a sharded one is gathered for each forward; FSDP alone asks for it in between, and means it as it is
-        if adapter is None or name not in adapter.overrides or is_sharded(frozen):
+        if adapter is None or name not in adapter.overrides or (is_sharded(frozen) and not adapter.on_split):
             return frozen
         if self._cached is not None and name in self._cached:
             return self._cached[name]

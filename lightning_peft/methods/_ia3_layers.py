@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lightning_peft.methods._host import Adapter, Base, adapter_dtype, own_tensors
 from lightning_peft.methods._quantized import dense_weight, features, is_quantized
+from lightning_peft.methods._sharded import is_sharded
+from lightning_peft.methods._split import Part
 from lightning_peft.methods._target_modules import CONVS, weight_of
 from lightning_peft.methods._targets import is_conv1d
 from lightning_peft.methods.errors import PEFTError
@@ -24,6 +26,9 @@ def scaled(x: Tensor, factors: Tensor) -> Tensor:
 
     That is x to the bit where they are 1, and bf16 keeps more digits of a small factors - 1 than of factors.
     """
+    if is_sharded(x):
+        part = Part(x)
+        return part.again(scaled(part.local(), part.of(factors)))
     return torch.addcmul(x, x, (factors - 1).to(x.dtype))
 
 
@@ -63,7 +68,7 @@ class LayerScaling(Scaling):
             )
         features_in, features_out = _features(module)
         shape = (1, features_in) if on_input else (features_out, 1)
-        self.on_input = on_input
+        self.on_input, self.on_split = on_input, not is_read
         self.ia3_l = nn.Parameter(torch.ones(shape, dtype=adapter_dtype(weight), device=weight.device))
         if is_read:
             self.overrides = tuple(self.factors(module))

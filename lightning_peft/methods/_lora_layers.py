@@ -27,6 +27,8 @@ from lightning_peft.methods._low_rank import (
     recomputed_update,
 )
 from lightning_peft.methods._quantized import dense_weight, features, is_quantized
+from lightning_peft.methods._sharded import is_sharded
+from lightning_peft.methods._split import update_of_part
 from lightning_peft.methods._target_modules import CONVS, weight_of
 from lightning_peft.methods._targets import is_conv1d
 from lightning_peft.methods.errors import PEFTError
@@ -149,6 +151,8 @@ class LowRank(Adapter):
 class LinearLoRA(LowRank):
     """Linear, and transformers' Conv1D, which stores W transposed: A (r, in), B (out, r)."""
 
+    on_split = True
+
     def note(self, module: nn.Module) -> None:
         self.transposed = is_conv1d(module)
 
@@ -163,16 +167,18 @@ class LinearLoRA(LowRank):
         return matrix.T.contiguous() if self.transposed else matrix
 
     def forward(self, base: Base, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling() or getattr(base, "__func__", None) is not nn.Linear.forward:
-            return super().forward(base, module, *args, **kwargs)
         x, *_ = (*args, *kwargs.values())
+        is_plain = getattr(base, "__func__", None) is nn.Linear.forward and not is_sharded(x)
+        if torch.compiler.is_compiling() or not is_plain:
+            return super().forward(base, module, *args, **kwargs)
         W, b = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
         A, B = self.factors()
         z = adapted_linear(x, W, b, A, B, scale=self.scale, p=self.dropout, training=self.training)
         return self.rescaled(module, z)
 
     def update(self, module: nn.Module, y: Tensor, x: Tensor) -> Tensor:
-        return linear_update(y, x, *self.factors(), scale=self.scale, p=self.dropout, training=self.training)
+        change = update_of_part if is_sharded(y) else linear_update
+        return change(y, x, *self.factors(), scale=self.scale, p=self.dropout, training=self.training)
 
 
 class ConvLoRA(LowRank):

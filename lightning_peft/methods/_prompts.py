@@ -27,6 +27,8 @@ POSITION_EMBEDDINGS = ("wpe", "position_embeddings", "position_embedding", "embe
 class PromptAdapter(Adapter):
     """What the adapters of virtual tokens have in common: none can be merged."""
 
+    around_split = True
+
     def merged(self, module: nn.Module) -> dict[str, Tensor]:
         raise PEFTError(
             "merge: virtual tokens are added to the input, which no weight of the base can hold; keep them as an "

@@ -24,6 +24,11 @@ def gathered(tensor: Tensor) -> Tensor:
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What of it this process holds; all, where it is not sharded."""
+    return cast(Tensor, cast(Any, tensor).to_local()) if is_sharded(tensor) else tensor
+
+
 def refuse_sharded(model: nn.Module, what: str, instead: str) -> None:
     """Raise where `model` has weights of which this process holds a part.
 

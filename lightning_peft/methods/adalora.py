@@ -175,6 +175,10 @@ class AdaLoRA(Method):
         ranks = self.ranks(attached)
         return {"mean_rank": sum(ranks.values()) / len(ranks)}
 
+    def report_layers(self, attached: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
+        """The rank of each matrix."""
+        return {"rank": {path: float(rank) for path, rank in self.ranks(attached).items()}}
+
     def ranks(self, attached: Mapping[str, Adapter]) -> dict[str, int]:
         """How many singular values the last allocation left to each matrix, by the path of its module."""
         return {path: int(part.mask.sum()) for path, part in layers.parts_of(attached).items()}

@@ -161,6 +161,10 @@ class Method:
         """What is worth to be logged of the adapters in training, by name."""
         return {}
 
+    def report_layers(self, attached: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
+        """The same layer by layer: by name, and in it by a layer's path, always the same ones; shown over time."""
+        return {}
+
     def fields(self) -> dict[str, Any]:
         """The fields by name, in plain types, as a checkpoint stores them."""
         return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]

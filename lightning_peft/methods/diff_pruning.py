@@ -178,6 +178,14 @@ class DiffPruning(Method):
         diffs = layers.all_diffs(attached)
         return {"kept_share": float(_expected_kept(diffs).detach()) / _entries(diffs)}
 
+    def report_layers(self, attached: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
+        """The same of each module."""
+        by_module = {path: layers.all_diffs({path: adapter}) for path, adapter in attached.items()}
+        shares = {
+            path: float(_expected_kept(diffs).detach()) / _entries(diffs) for path, diffs in by_module.items() if diffs
+        }
+        return {"kept_share": shares}
+
     def _prune_step(self, total: float) -> int:
         return math.ceil(self.prune_at * total)
 

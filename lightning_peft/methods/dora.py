@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_peft.methods import _lora_layers as layers
 from lightning_peft.methods._quantized import PackedWeight, stored
+from lightning_peft.methods._sharded import is_sharded, local_part
+from lightning_peft.methods._split import SLICE, SUMMAND, Part
 from lightning_peft.methods.lora import LoRA
 
 
@@ -49,7 +52,7 @@ class _Magnitude(layers.LowRank):
 class LinearDoRA(_Magnitude, layers.LinearLoRA):
     """Linear and Conv1D, with ‖W + s·BA‖² = ‖W‖² + 2s·Σ B∘(WAᵀ) + s²·Σ B∘(B(AAᵀ)), which forms no BA.
 
-    A packed W is unpacked a part at a time, and nothing of it is kept.
+    A packed W is unpacked a part at a time, and nothing of it is kept. Of a split W, sums over inputs are added up.
     """
 
     @torch.no_grad()
@@ -60,10 +63,36 @@ class LinearDoRA(_Magnitude, layers.LinearLoRA):
         return self._row_norm(self.as_matrix(weight), A, B)
 
     def _row_norm(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        square: Tensor = torch.linalg.vector_norm(W, dim=-1, dtype=A.dtype).square()
-        cross = (B * (W @ A.to(W.dtype).T).to(B.dtype)).sum(-1)
         own = (B * (B @ (A @ A.T))).sum(-1)
-        return (square + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
+        return (self._base_square(W, A, B) + self.scale**2 * own).clamp_min(0).sqrt()
+
+    def _base_square(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """‖W‖² + 2s·Σ B∘(WAᵀ) of each row."""
+        square: Tensor = torch.linalg.vector_norm(W, dim=-1, dtype=A.dtype).square()
+        return square + 2 * self.scale * (B * (W @ A.to(W.dtype).T).to(B.dtype)).sum(-1)
+
+    def rescaled(self, module: nn.Module, z: Tensor) -> Tensor:
+        if not is_sharded(z):
+            return super().rescaled(module, z)
+        part, bias = Part(z), getattr(module, "bias", None)
+        norm = self._norm_of_part(local_part(cast(Tensor, module.weight)), part)
+        ratio = part.of(self.lora_magnitude_vector) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        local = turned = part.local()
+        if bias is not None:
+            # of a sum, each process takes off its share
+            shift = Part(bias).local(summed=True) / part.count if part.kind == SUMMAND else Part(bias).local()
+            turned = local - shift.to(local.dtype)
+        return part.again(torch.addcmul(local, (ratio - 1).to(local.dtype), turned))
+
+    @torch.no_grad()
+    def _norm_of_part(self, W: Tensor, part: Part) -> Tensor:
+        """‖W + s·BA‖ of the rows that `part` of the output is of; W is what is here of the weight."""
+        A, B = self.factors()
+        if part.kind == SLICE:
+            return self._row_norm(W, A, part.slice(B, 0))
+        square = self._base_square(W, part.slice(A), B)
+        dist.all_reduce(square, group=part.group)
+        return (square + self.scale**2 * (B * (B @ (A @ A.T))).sum(-1)).clamp_min(0).sqrt()
 
 
 class ConvDoRA(_Magnitude, layers.ConvLoRA):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,6 +13,8 @@ from lightning_peft.methods._chain import Chain, chained, claims, reads_weights
 from lightning_peft.methods._host import Adapter
 from lightning_peft.methods.base import Attachment, Method, PeftRoot, PeftTensor
 from lightning_peft.methods.errors import PEFTError
+
+V = TypeVar("V")
 
 
 @dataclass(kw_only=True)
@@ -120,13 +122,11 @@ class Hybrid(Method):
 
     def report(self, attached: Mapping[str, Adapter]) -> dict[str, float]:
         """What the parts report; a name that several have gets the part's place behind it."""
-        reports = [part.report(own) for part, own in self._parts(attached)]
-        counts = Counter(name for report in reports for name in report)
-        return {
-            name if counts[name] == 1 else f"{name}_{place}": value
-            for place, report in enumerate(reports)
-            for name, value in report.items()
-        }
+        return _together([part.report(own) for part, own in self._parts(attached)])
+
+    def report_layers(self, attached: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
+        """The same of each layer."""
+        return _together([part.report_layers(own) for part, own in self._parts(attached)])
 
     def fields(self) -> dict[str, Any]:
         """The parts as a checkpoint stores a method: `{"name": "LoRA", "fields": {"r": 8, …}}`."""
@@ -178,3 +178,13 @@ class Hybrid(Method):
 
     def _name(self, place: int) -> str:
         return f"{type(self.methods[place]).__name__} (place {place})"
+
+
+def _together(reports: Sequence[Mapping[str, V]]) -> dict[str, V]:
+    """What the parts report; a name that several have gets the part's place behind it."""
+    counts = Counter(name for report in reports for name in report)
+    return {
+        name if counts[name] == 1 else f"{name}_{place}": value
+        for place, report in enumerate(reports)
+        for name, value in report.items()
+    }

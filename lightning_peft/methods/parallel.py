@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.methods import _bottleneck as shared
 from lightning_peft.methods._blocks import Block
 from lightning_peft.methods._host import Adapter, Base
+from lightning_peft.methods._split import on_whole, whole
 from lightning_peft.methods.base import Attachment
 from lightning_peft.methods.errors import PEFTError
 
@@ -30,13 +31,15 @@ class _Passage:
 class Down(Adapter):
     """f(D x + b) of the input x of the module that it stands on, for the `Up` that shares its passage."""
 
+    on_split = True
+
     def __init__(self, down: shared.Projection, activation: str, read: shared.Features, passage: _Passage) -> None:
         super().__init__()
         self.down, self.activation, self.read, self.passage = down, activation, read, passage
 
     def forward(self, base: Base, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         z: Tensor = base(*args, **kwargs)
-        x = cast(Tensor, first(args, kwargs)).to(z.dtype)
+        x = whole(first(args, kwargs)).to(z.dtype)
         self.passage.hidden = shared.ACTIVATIONS[self.activation](self.down(x, self.read.dim_in(x)))
         return z
 
@@ -47,19 +50,26 @@ class Down(Adapter):
 class Up(Adapter):
     """y + s·(U h + b') with y the output of the module that it stands on, and h what `Down` has made."""
 
+    on_split = True
+
     def __init__(self, up: shared.Projection, scale: float, given: shared.Features, passage: _Passage) -> None:
         super().__init__()
         self.up, self.scale, self.given, self.passage = up, scale, given, passage
 
     def forward(self, base: Base, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = base(*args, **kwargs)
+        output: Tensor = base(*args, **kwargs)
         hidden, self.passage.hidden = self.passage.hidden, None
         if hidden is None:
             raise PEFTError(
                 f"ParallelAdapter: the feed-forward's last layer, a {type(module).__name__}, ran without its first; "
                 "name the modules to adapt in target_modules"
             )
-        return torch.add(y, self.up(hidden.to(y.dtype), self.given.dim_in(y)), alpha=self.scale)
+        made = hidden
+
+        def changed(y: Tensor) -> Tensor:
+            return torch.add(y, self.up(made.to(y.dtype), self.given.dim_in(y)), alpha=self.scale)
+
+        return on_whole(output, changed)
 
     def merged(self, module: nn.Module) -> dict[str, Tensor]:
         raise shared.refused_merge()

@@ -101,6 +101,16 @@ class UniPELT(Method):
             f"gate_{kind}": float(value) for kind, value in zip(gates.KINDS, torch.stack(means).mean(0), strict=True)
         }
 
+    def report_layers(self, attached: Mapping[str, Adapter]) -> dict[str, dict[str, float]]:
+        """The gates' means in each block, over the rows of the last forward."""
+        blocks = {path: adapter for path, adapter in attached.items() if isinstance(adapter, gates.BlockGates)}
+        means = {path: own.tolist() for path, block in blocks.items() if (own := block.passage.means) is not None}
+        if not means:
+            return {}
+        return {
+            f"gate_{kind}": {path: own[place] for path, own in means.items()} for place, kind in enumerate(gates.KINDS)
+        }
+
     def _prefix(self) -> PrefixTuning:
         return PrefixTuning(num_virtual_tokens=self.num_virtual_tokens)
 

@@ -3,6 +3,7 @@
 from lightning_peft.state.checksum import checksum
 from lightning_peft.state.files import AtomicCheckpointIO, read_checkpoint
 from lightning_peft.state.fingerprint import Fingerprint, fingerprint, keep_sample, sample_bytes
+from lightning_peft.state.folders import save_folder
 from lightning_peft.state.frozen import frozen_buffers, frozen_tensors
 from lightning_peft.state.rng import RNGState, rng_state, set_rng_state
 from lightning_peft.state.selection import (
@@ -38,6 +39,7 @@ __all__ = [
     "read_checkpoint",
     "rng_state",
     "sample_bytes",
+    "save_folder",
     "set_rng_state",
     "spec_faults",
     "spec_of",

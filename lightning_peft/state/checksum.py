@@ -20,7 +20,9 @@ def checksum(tensor: Tensor) -> int:
     if tensor.is_meta or not tensor.numel():
         return 0
     data = tensor.detach().as_subclass(Tensor).contiguous().view(-1).view(torch.uint8)
-    weights = (2 * torch.arange(min(WORDS, -(-data.numel() // 8)), device=data.device) + 1) * ODD
+    places = torch.arange(1, min(WORDS, -(-data.numel() // 8)) + 1, device=data.device) * ODD
+    # odd, so that no bit is lost, and of no small ratio to each other, which differences of two words can have
+    weights = ((places >> 31) ^ places) * ODD | 1
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     for start in range(0, data.numel(), 8 * WORDS):
         part = data[start : start + 8 * WORDS]

@@ -14,10 +14,11 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_peft.methods.errors import PEFTError
+from lightning_peft.state.folders import put_in_place, read_folder, set_aside
 
 
 def read_checkpoint(path: _PATH, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
-    """The checkpoint at `path`, a local file or an fsspec address.
+    """The checkpoint at `path`, a local file or an fsspec address, or a folder that several processes wrote.
 
     Args:
         map_location: as in `torch.load`.
@@ -26,8 +27,10 @@ def read_checkpoint(path: _PATH, map_location: Any = "cpu", weights_only: bool =
     Raises:
         PEFTError: there is no such file, it is truncated or no checkpoint, or it holds other objects.
     """
+    if str(path).startswith("wandb:"):
+        raise PEFTError(f"{path}: is in W&B; bring it here first: lightning-peft import {path} adapter.ckpt")
     try:
-        checkpoint = TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
+        checkpoint = _read(path, map_location, weights_only)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise PEFTError(f"{path}: there is no such checkpoint file{_siblings(path)}") from error
     except pickle.UnpicklingError as error:
@@ -62,8 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(target)
-        _sync_folder(target.parent)
+        put_in_place(unfinished, target)
 
     def load_checkpoint(
         self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None
@@ -72,14 +74,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path, map_location, weights_only is not False)
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # folders can't be opened there, and a rename is durable without it
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _read(path: _PATH, map_location: Any, weights_only: bool) -> Any:
+    if "://" not in str(path):
+        local = Path(path)
+        aside = set_aside(local)
+        # a kill between two renames leaves it there
+        found = aside if aside.exists() and not local.exists() else local
+        if found.is_dir():
+            return read_folder(found, map_location, weights_only)
+        path = found
+    return TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
 
 
 def _unreadable(path: _PATH, error: Exception) -> PEFTError:

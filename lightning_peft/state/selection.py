@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_peft.injection import adapter_names, records
 from lightning_peft.methods._host import Host
 from lightning_peft.methods._quantized import PackedWeight, packed
+from lightning_peft.methods._sharded import gathered, is_sharded
 from lightning_peft.methods._targets import base_modules, inside
 from lightning_peft.methods.errors import suggestion
 from lightning_peft.state.fingerprint import Fingerprint, Sampled, fingerprint, kept_sample
@@ -27,8 +28,11 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor | PackedWeight | Sampled]:
-    """The base's parameters by name, all adapters left out; a tied one has its first name only. Of one that was sharded
-    as it was loaded, what was kept for a fingerprint."""
+    """The base's parameters by name, all adapters left out; a tied one has its first name only.
+
+    Of one that was sharded as it was loaded, what was kept for a fingerprint; of another that is sharded, what one
+    takes, for which it is gathered: every process has to ask for it.
+    """
     seen: dict[int, str] = {}
     found: dict[str, Tensor | PackedWeight | Sampled] = {}
     for path, module in base_modules(model):
@@ -36,7 +40,8 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor | PackedWeight | Sampl
         for name, parameter in module._parameters.items():
             if parameter is not None and seen.setdefault(id(parameter), key := _key(path, name)) == key:
                 original = originals.get(name, parameter)
-                found[key] = kept_sample(module, name) or packed(module, name, original) or original
+                taken = kept_sample(module, name) or packed(module, name, original)
+                found[key] = taken or (Sampled.of(gathered(original)) if is_sharded(original) else original)
     return found
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lightning_peft.methods import METHODS
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError, suggestion
 from lightning_peft.state.fingerprint import Fingerprint, differences
+from lightning_peft.state.versions import installed
 
 KEY = "peft"
 """Where a checkpoint holds its spec."""
@@ -39,13 +39,9 @@ def make_spec(
         base_dtype: the dtype that the callback cast the base to; None where it did not.
         stored: how the base's weights are quantized, whoever did it, such as `nf4-dq`; empty where none is.
     """
-    try:
-        own_version = version("lightning-peft")
-    except PackageNotFoundError:
-        own_version = "unknown"
     return {
         "format": FORMAT,
-        "version": own_version,
+        "version": installed("lightning-peft"),
         "method": {"name": type(method).__name__, "fields": method.fields()},
         "adapter_name": adapter_name,
         "modules_to_save": modules_to_save,

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_peft.methods._sharded import is_sharded, local_part
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import Spec, checksum
 
@@ -26,12 +28,13 @@ ABSENT = "absent"
 TRAINED = "trained "
 
 
-def everyones(value: Any) -> list[Any]:
-    """`value` of each rank, by rank: every rank has to call it. Without a process group, that of this process alone."""
+def everyones(value: Any, group: Any = None) -> list[Any]:
+    """`value` of each rank, or of each in `group`, by rank: every one of them has to call it. Without a process group,
+    that of this process alone."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -71,18 +74,25 @@ def faults_told() -> Iterator[None]:
         raise
 
 
-def agree_on_base(frozen: Mapping[str, Tensor], *, sync: bool = False) -> None:
+def agree_on_base(frozen: Mapping[str, Tensor], *, sync: bool = False, mesh: DeviceMesh | None = None) -> None:
     """Compare every byte of the frozen base with the other ranks'; every rank has to call it.
 
     Args:
         frozen: the tensors by name, on the devices that they are used on (their memory's speed is the check's); of what
             is on the meta device, shape and dtype are compared.
         sync: where values differ, take the first rank's, in place, in place of raising.
+        mesh: of two dimensions, over the second of which some tensors are split; their parts are compared over the
+            first.
 
     Raises:
         PEFTError: on every rank: values differ and are not to be synced, or names, shapes or dtypes do.
     """
-    facts = {name: f"{tuple(t.shape)} {t.dtype} {checksum(t):016x}" for name, t in frozen.items()}
+    split = {name for name, tensor in frozen.items() if is_sharded(tensor)}
+    sums = {name: f"{checksum(local_part(tensor)):016x}" for name, tensor in frozen.items()}
+    if split and mesh is not None:
+        parts = everyones({name: sums[name] for name in split}, mesh.get_group(1))
+        sums |= {name: ",".join(part[name] for part in parts) for name in split}
+    facts = {name: f"{tuple(t.shape)} {t.dtype} {sums[name]}" for name, t in frozen.items()}
     found = _differences(BASE, facts)
     if not found:
         return
@@ -104,16 +114,17 @@ def agree_on_base(frozen: Mapping[str, Tensor], *, sync: bool = False) -> None:
         )
     with torch.no_grad():
         for name in found:
-            broadcast(frozen[name])
+            split_by = mesh.get_group(0) if mesh is not None and name in split else None
+            broadcast(local_part(frozen[name]), split_by)
 
 
-def broadcast(tensor: Tensor) -> None:
-    """Give `tensor` the first rank's values, in place."""
+def broadcast(tensor: Tensor, group: Any = None) -> None:
+    """Give `tensor` the values of the first rank, or of the first one in `group`, in place."""
     own = tensor.detach().as_subclass(Tensor)
     # a quantized weight's tables may be left on the CPU, from which NCCL can't send
     device = torch.cuda.current_device() if dist.get_backend() == "nccl" else own.device
     sent = own.to(device).contiguous()
-    dist.broadcast(sent, 0)
+    dist.broadcast(sent, group=group, group_src=0)
     if sent is not own:
         own.copy_(sent)
 

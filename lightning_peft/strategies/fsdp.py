@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property, partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -17,15 +19,16 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from lightning_peft.injection import records
+from lightning_peft.injection import records, trainable_parameters
 from lightning_peft.methods._sharded import is_sharded
 from lightning_peft.methods.errors import PEFTError
-from lightning_peft.state import frozen_tensors, keep_sample
+from lightning_peft.state import frozen_tensors, keep_sample, save_folder
 from lightning_peft.strategies.agreement import agree_on_base, everyones, faults_told
 from lightning_peft.strategies.buffers import KeepsBuffersEqual, MovingBuffers
 from lightning_peft.strategies.ddp import tell_of_lost_ranks
 from lightning_peft.strategies.gradients import average_gradients, make_equal
-from lightning_peft.strategies.sharding import Sharding, begin_together, is_prepared, tell_transformers
+from lightning_peft.strategies.sharding import Sharding, begin_together, is_prepared, move_whole, tell_transformers
+from lightning_peft.strategies.tensor_parallel import check_gradients, is_split, same_random_numbers
 from lightning_peft.strategies.units import Unit, find_units
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -49,7 +52,13 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
         cpu_offload: keep the shards in the CPU's memory until they are gathered.
         sync_base: where the ranks' bases differ in values, broadcast those tensors from the first rank, rather than
             raise an error.
-        tensor_parallel_size: 1, since adapters are made for whole layers.
+        tensor_parallel_size: over how many ranks the module splits layers itself: its `configure_model` calls torch's
+            `parallelize_module(…, self.device_mesh["tensor_parallel"], …)` with ColwiseParallel and RowwiseParallel,
+            once. Adapters then stand on split layers, and are whole on each rank; not every method's can. The base is
+            sharded over the other ranks, `data_parallel`.
+        save_distributed_checkpoint: write a checkpoint as a folder, of which every rank writes a share
+            (torch.distributed.checkpoint), on a file system that all ranks share. It is read as the one file is, by any
+            strategy on any number of ranks; for adapters of some MB a file is as fast.
         process_group_backend: as in Lightning's ModelParallelStrategy.
         timeout: as in Lightning's ModelParallelStrategy.
 
@@ -68,35 +77,49 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
         cpu_offload: bool = False,
         sync_base: bool = False,
         tensor_parallel_size: int = 1,
+        save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        if tensor_parallel_size != 1:
-            raise PEFTError(
-                f"PEFTFSDPStrategy.tensor_parallel_size: {tensor_parallel_size} would split layers that adapters are "
-                "made for as a whole; leave it out, and the base is sharded over all devices"
+        sizes = {"replicas": (replicas, "copies"), "tensor_parallel_size": (tensor_parallel_size, "ranks")}
+        faults = [
+            f"PEFTFSDPStrategy.{name}: {size} is no number of {what}; it must be 1 or more"
+            for name, (size, what) in sizes.items()
+            if size < 1
+        ]
+        if replicas > 1 and tensor_parallel_size > 1:
+            faults.append(
+                f"PEFTFSDPStrategy.replicas: {replicas} copies can't be had of layers that are split too "
+                f"(tensor_parallel_size: {tensor_parallel_size}); leave out either of both"
             )
-        if replicas < 1:
-            raise PEFTError(f"PEFTFSDPStrategy.replicas: {replicas} is no number of copies; it must be 1 or more")
+        if faults:
+            raise PEFTError(faults)
         super().__init__(
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
+            tensor_parallel_size=tensor_parallel_size,
+            save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
         self.replicas, self.names, self.cpu_offload, self.sync_base = replicas, shard, cpu_offload, sync_base
+        self.split_over = tensor_parallel_size
+        self._are_gradients_checked = tensor_parallel_size == 1
         self._predicted: list[tuple[int, int]] = []
 
     def setup_environment(self) -> None:
-        """Start the process group, with all ranks in one data-parallel dimension.
+        """Start the process group, with the ranks in a data-parallel and a tensor-parallel dimension.
 
         Raises:
-            PEFTError: the ranks can't be divided into as many replicas.
+            PEFTError: the ranks can't be divided so.
         """
         world = self.num_nodes * self.num_processes
         if world % self.replicas:
             raise PEFTError(f"PEFTFSDPStrategy.replicas: {world} ranks can't be divided into {self.replicas} groups")
-        self._data_parallel_size = world
+        if world % self.split_over:
+            raise PEFTError(
+                f"PEFTFSDPStrategy.tensor_parallel_size: {world} ranks can't be divided into groups of "
+                f"{self.split_over}"
+            )
+        self._data_parallel_size = world // self.split_over
         super().setup_environment()
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -108,6 +131,7 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
         assert self.lightning_module is not None
         with faults_told():
             _check(self.lightning_module)
+        same_random_numbers(self.device_mesh)
         super().setup(trainer)
 
     def model_to_device(self) -> None:
@@ -125,11 +149,18 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
                 self._shard(unit)
         begin_together(module)
         tell_transformers(module)
-        super().model_to_device()
+        move_whole(module, self.root_device)
+        # which `module.to` does, too; private, checked on lightning 2.6.6
+        _update_properties(module, device=self.root_device)
         self._agree(module, "")
         frozen = {id(tensor) for tensor in frozen_tensors(module).values()}
         make_equal(tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in frozen)
         self.buffers = MovingBuffers(module)
+
+    def on_train_start(self) -> None:
+        """The ranks that compute one batch together draw the same random numbers, whatever a checkpoint restored."""
+        super().on_train_start()
+        same_random_numbers(self.device_mesh)
 
     def pieces(self, module: pl.LightningModule, whole: Container[str]) -> dict[str, Callable[[], None]]:
         """How to shard a base that is yet to be loaded, so that no rank ever has all of it: see `load_base`.
@@ -146,7 +177,7 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
 
     def _shard(self, unit: Unit) -> None:
         if unit.weights:
-            unit.module.to(self.root_device)
+            move_whole(unit.module, self.root_device)
             self._agree(unit.module, f"{unit.path}.")
         for owner, name in unit.weights:
             keep_sample(owner, name)
@@ -164,6 +195,9 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
 
         def averaged() -> Any:
             result = closure()
+            if not self._are_gradients_checked:
+                check_gradients(trainable_parameters(cast(nn.Module, self.lightning_module)), self.device_mesh)
+                self._are_gradients_checked = True
             average_gradients(parameters)
             return result
 
@@ -219,11 +253,23 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
         return Strategy.optimizer_state(self, optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Write one file, on the first rank."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+        """Write one file, on the first rank; or a folder, of which every rank writes a share."""
+        if not self._save_distributed_checkpoint:
+            Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+            return
+        if "://" in str(filepath) or storage_options is not None:
+            raise PEFTError(
+                f"PEFTFSDPStrategy.save_distributed_checkpoint: {filepath} is no folder of a file system; name one "
+                "that all ranks share, or write one file (save_distributed_checkpoint=False)"
+            )
+        assert self.lightning_module is not None
+        # a rank that was interrupted is alone in here
+        together = not self.lightning_module.trainer.interrupted
+        if together or self.is_global_zero:
+            save_folder(checkpoint, Path(self.broadcast(filepath) if together else filepath), together=together)
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the file, on each rank."""
+        """Read the file or folder, whole, on each rank."""
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -243,8 +289,12 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
         return Sharding(mesh, AUTOCAST.get(str(self.precision_plugin.precision)), self.cpu_offload)
 
     def _agree(self, module: nn.Module, prefix: str) -> None:
-        whole = {f"{prefix}{name}": tensor for name, tensor in frozen_tensors(module).items() if not is_sharded(tensor)}
-        agree_on_base(whole, sync=self.sync_base)
+        here = {
+            f"{prefix}{name}": tensor
+            for name, tensor in frozen_tensors(module).items()
+            if not is_sharded(tensor) or is_split(tensor)
+        }
+        agree_on_base(here, sync=self.sync_base, mesh=self.device_mesh)
 
 
 def _check(module: nn.Module) -> None:

@@ -6,16 +6,21 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from lightning_peft.methods._host import record_outputs_of
 from lightning_peft.methods._quantized import packed
+from lightning_peft.methods._sharded import is_sharded
 from lightning_peft.methods._targets import base_modules, is_conv1d, is_transformers_model
+from lightning_peft.methods.errors import PEFTError
 from lightning_peft.strategies.units import Unit
 
 CAST_BY_AUTOCAST = (nn.Linear, nn.modules.conv._ConvNd)
+SHARDS_INTEGERS = Version(torch.__version__).release >= (2, 12)
+"""Whether FSDP2 takes parameters of integers: torch 2.11's asks gradients of them."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,20 @@ class Sharding:
         return self.autocast if all(is_cast(module, name) for module, name in unit.weights) else None
 
 
+def move_whole(module: nn.Module, device: torch.device) -> None:
+    """Move all that is not sharded to `device`. Shards are where they belong, which may be the CPU's memory."""
+    if not any(is_sharded(parameter) for parameter in module.parameters()):
+        module.to(device)
+        return
+    for child in module.children():
+        move_whole(child, device)
+    for parameter in module.parameters(recurse=False):
+        if not is_sharded(parameter):
+            parameter.data = parameter.data.to(device)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = buffer if buffer is None else buffer.to(device)
+
+
 def is_prepared(model: nn.Module) -> bool:
     """Whether some module of `model` is one of FSDP2's."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
@@ -87,7 +106,22 @@ def begin_together(model: nn.Module) -> None:
 
 
 def _plain(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter of its own, contiguous; a packed weight's codes, whose layer keeps the scales."""
-    if type(parameter) is nn.Parameter and parameter.is_contiguous():
+    """A parameter of its own, contiguous; a packed weight's codes, whose layer keeps the scales. One that tensor
+    parallelism has split stays as it is.
+
+    Raises:
+        PEFTError: it holds 8-bit codes, and torch can't shard them.
+    """
+    if is_sharded(parameter):
         return parameter
-    return nn.Parameter(parameter.data.as_subclass(Tensor).contiguous(), requires_grad=False)
+    is_number = parameter.dtype.is_floating_point or SHARDS_INTEGERS
+    if type(parameter) is nn.Parameter and parameter.is_contiguous() and is_number:
+        return parameter
+    data = parameter.data.as_subclass(Tensor).contiguous()
+    if not is_number:
+        if data.dtype != torch.uint8 or data.numel() % 2:
+            raise PEFTError(
+                f"peft_fsdp: torch {torch.__version__} can't shard these codes; quantize to 4 bits, or take torch 2.12"
+            )
+        data = data.view(-1).view(torch.bfloat16).view(-1, 1)  # the same bytes: layers read codes of any dtype
+    return nn.Parameter(data, requires_grad=False)

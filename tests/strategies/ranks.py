@@ -19,17 +19,20 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft import PEFT, AdaLoRA, LoRA, PEFTDDPStrategy, PEFTError, trainable_parameters
+from lightning_peft.methods._sharded import is_sharded
 from lightning_peft.strategies.ddp import MARKS
 from lightning_peft.tracking import PredictionFile
 from tests.callback.toys import Toy, data, lora, trainer
-from tests.processes import ACCELERATOR
+from tests.processes import accelerator
 from tests.strategies.counting import Collectives
 
-RANK = int(os.environ.get("LOCAL_RANK", 0))
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+ACCELERATOR = accelerator(max(WORLD, 2))
 WIDTH = 1000
 TIMEOUT = 60
 """Seconds after which a rank gives up on others."""
@@ -346,7 +349,7 @@ def unbroken(folder: Path) -> dict[str, Any]:
     return run_to_the_end(folder / "unbroken")
 
 
-def broken(folder: Path) -> dict[str, Any]:
+def broken(folder: Path, kind: type[Strategy] = PEFTDDPStrategy) -> dict[str, Any]:
     """The same, from the last checkpoint if there is one, and killed where `DIES` says: a rank, an epoch, a moment."""
     rank, epoch, moment = os.environ["DIES"].split(maxsplit=2)
     first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -372,26 +375,26 @@ def broken(folder: Path) -> dict[str, Any]:
         file.flush()
         die()
 
-    return run_to_the_end(folder / "broken", Dies())
+    return run_to_the_end(folder / "broken", Dies(), kind=kind)
 
 
-def run_to_the_end(folder: Path, *callbacks: L.Callback) -> dict[str, Any]:
+def run_to_the_end(folder: Path, *callbacks: L.Callback, kind: type[Strategy] = PEFTDDPStrategy) -> dict[str, Any]:
     last = folder / "last.ckpt"
     resumed = last.exists()
     L.seed_everything(5, verbose=False)
     module = Seeded()
     saving = ModelCheckpoint(folder, save_last=True, save_top_k=-1)
-    strategy = PEFTDDPStrategy(timeout=timedelta(seconds=TIMEOUT))
+    strategy = kind(timeout=timedelta(seconds=TIMEOUT))  # type: ignore[call-arg]
     fitting = run(folder, strategy, saving, *callbacks, max_epochs=4, enable_checkpointing=True)
     loader = DataLoader(data().dataset, 8, shuffle=True)
     fitting.fit(module, loader, ckpt_path=last if resumed else None)
-    state = {name: tensor.cpu() for name, tensor in module.state_dict().items()}
+    state = {name: tensor.cpu() for name, tensor in module.state_dict().items() if not is_sharded(tensor)}
     return {"state": state, "numbers": torch.rand(3), "resumed": resumed, "steps": fitting.global_step}
 
 
 THINGS = (
     bytes_sent, other_base, quantized_base, other_configuration, as_stock, accumulated, unused, hook, stages, resumed,
-    unbroken,
+    unbroken, as_in_ray,
 )  # fmt: skip
 
 

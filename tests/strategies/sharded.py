@@ -5,7 +5,7 @@ Run as `python -m tests.strategies.sharded FOLDER NAMES`; see ranks.py.
 
 from __future__ import annotations
 
-import os
+import ctypes
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_peft import (
-    METHODS,
     PEFT,
     AdaLoRA,
     DoRA,
@@ -35,94 +35,29 @@ from lightning_peft.methods._sharded import is_sharded
 from lightning_peft.quantization import Quantization
 from lightning_peft.quantization.meta import meta_parameters
 from lightning_peft.state import frozen_tensors
+from lightning_peft.strategies.sharding import SHARDS_INTEGERS
+from lightning_peft.tasks import chunked_loss
 from lightning_peft.tracking import PredictionFile
-from tests.callback.toys import Toy, trainer
-from tests.processes import ACCELERATOR
+from tests.callback.toys import Toy
+from tests.strategies import ranks
 from tests.strategies.counting import Collectives, Peak
-from tests.strategies.ranks import RANK, Alternating, Centred, fit, main, manual, refused
+from tests.strategies.language import VOCABULARY, Language, made, run, text, trained
+from tests.strategies.ranks import (
+    ACCELERATOR,
+    RANK,
+    Alternating,
+    Centred,
+    fit,
+    main,
+    manual,
+    refused,
+    run_to_the_end,
+)
 
 WIDE = {"hidden_size": 128, "intermediate_size": 384}
 STREAMED = ("dense", "nf4-dq", "DoRA")
 METHODS_TRIED = ("LoRA", "DoRA", "IA3", "BitFit", "Houlsby", "PrefixTuning")
-QUANTIZED = ("nf4", "nf4-dq", "nf4 in bfloat16", "int8")
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-VOCABULARY, LENGTH, ROWS = 256, 12, 32
-
-
-class Language(L.LightningModule):
-    """A small decoder of transformers, whose adapters start at random and whose losses are kept."""
-
-    def __init__(self, seed: int = 0, lr: float = 1e-2, **sizes: Any) -> None:
-        super().__init__()
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        self.save_hyperparameters()
-        given = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=VOCABULARY,
-                    num_key_value_heads=2,
-                    tie_word_embeddings=False,
-                    attention_bias=True,
-                    **{**given, **sizes},
-                )
-            )
-        self.losses: list[float] = []
-
-    def loss(self, ids: Tensor) -> Tensor:
-        return self.model(input_ids=ids, labels=ids).loss
-
-    def on_fit_start(self) -> None:
-        if self.trainer.ckpt_path is None:
-            stir(self)
-
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        loss = self.loss(batch[0])
-        self.losses.append(float(loss.detach()))
-        return loss
-
-    def validation_step(self, batch: list[Tensor], _: int) -> None:
-        self.log("val_loss", self.loss(batch[0]), sync_dist=True)
-
-    test_step = validation_step
-
-    def predict_step(self, batch: list[Tensor], _: int) -> Tensor:
-        return self.model(input_ids=batch[0]).logits[:, -1, :4]
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
-
-
-def stir(module: nn.Module) -> None:
-    """Start what trains anew, the same on any number of ranks, and away from where it does nothing."""
-    generator = torch.Generator().manual_seed(4)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def text(rows_per_step: int = 8, rows: int = ROWS) -> DataLoader[Any]:
-    """The same batches on any number of ranks, of which each has its share."""
-    generator = torch.Generator().manual_seed(3)
-    dataset = TensorDataset(torch.randint(VOCABULARY, (rows, LENGTH), generator=generator))
-    sampler = DistributedSampler(dataset, WORLD, RANK, shuffle=False)
-    return DataLoader(dataset, rows_per_step // WORLD, sampler=sampler)
-
-
-def made(name: str) -> Any:
-    fields = {"LoRA": {"r": 4}, "DoRA": {"r": 4}}
-    return METHODS[name](**fields.get(name, {}))
-
-
-def run(folder: Path, strategy: Any = "peft_fsdp", *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    defaults = {"devices": WORLD, "accelerator": ACCELERATOR, "max_epochs": 1, "enable_checkpointing": False}
-    return trainer(folder, *callbacks, strategy=strategy, **{**defaults, **options})
-
-
-def trained(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().clone() for name, p in module.named_parameters() if p.requires_grad}
+QUANTIZED = ("nf4", "nf4-dq", "nf4 in bfloat16", *(["int8"] if SHARDS_INTEGERS else []))
 
 
 def methods(folder: Path) -> dict[str, Any]:
@@ -355,6 +290,8 @@ LARGE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
 
 def streamed(folder: Path) -> dict[str, Any]:
     """A base that is read from a file into each rank's shards."""
+    # memory that is freed is given back to the system (M_MMAP_THRESHOLD)
+    ctypes.CDLL(None).mallopt(-3, 2**16)
     found: dict[str, Any] = {}
     # what is imported for a first run is no part of it
     run(folder, peft=PEFT(LoRA(r=4), quantization="nf4")).fit(Language(), text())
@@ -372,6 +309,63 @@ def streamed(folder: Path) -> dict[str, Any]:
         found[f"{name} peak"] = peak.bytes
         del module, fitting
     return found
+
+
+class Chunked(Language):
+    """Whose loss is computed a few tokens at a time."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        with self.trainer.precision_plugin.forward_context():
+            self.refused = chunked_loss.refusal(self.model)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        labels = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        scores = chunked_loss.chunked_scores(lambda: self.model(input_ids=ids), self.model.lm_head, labels, False)
+        return scores.total / (labels != -100).sum()
+
+
+def chunks(folder: Path) -> dict[str, Any]:
+    """A head that is sharded and computes a few tokens' logits at a time, frozen or trained in a copy."""
+    chunked_loss.LOGITS = 5 * VOCABULARY
+    found: dict[str, Any] = {}
+    for name, options in CHUNKS.items():
+        module, peft = Chunked(lr=1e-3), PEFT(LoRA(r=4), modules_to_save=options["saved"])
+        run(folder, peft=peft, precision=options["precision"]).fit(module, text(), text())
+        found[name] = trained(module)
+        found[f"{name} losses"] = module.losses
+        found[f"{name} refused"] = module.refused
+        found[f"{name} sharded"] = is_sharded(module.model.lm_head.weight)
+    return found
+
+
+CHUNKS: dict[str, dict[str, Any]] = {
+    "frozen": {"saved": [], "precision": "32-true"},
+    "copied": {"saved": ["lm_head"], "precision": "bf16-mixed"},
+}
+
+
+def shares(folder: Path) -> dict[str, Any]:
+    """A checkpoint as a folder, of which both ranks write a share, over an earlier one."""
+    module = Language(lr=1e-3)
+    saving = ModelCheckpoint(folder / "shares", filename="{epoch}", save_last=True, save_top_k=-1)
+    strategy = PEFTFSDPStrategy(save_distributed_checkpoint=True)
+    fitting = run(folder, strategy, saving, peft=plain(), max_epochs=2, enable_checkpointing=True)
+    fitting.fit(module, text())
+    found = {"saved": everything(module, fitting)}
+    (found["tested"],) = fitting.test(module, text(), ckpt_path="best", verbose=False)
+    module, started = Language(lr=1e-3), Started()
+    again = run(folder, "peft_fsdp", started, peft=plain(), max_epochs=3)
+    again.fit(module, text(), ckpt_path=folder / "shares" / "last.ckpt")
+    return {**found, "started": started.tensors}
+
+
+def unbroken(folder: Path) -> dict[str, Any]:
+    return run_to_the_end(folder / "unbroken", kind=PEFTFSDPStrategy)
+
+
+def broken(folder: Path) -> dict[str, Any]:
+    return ranks.broken(folder, PEFTFSDPStrategy)
 
 
 def of_queries(name: str) -> Any:

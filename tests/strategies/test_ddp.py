@@ -5,12 +5,9 @@ The ranks are processes of gloo on a CPU; of nccl where there are two GPUs.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
@@ -22,41 +19,29 @@ from lightning_peft import PEFT, LoRA, load_from_checkpoint
 from lightning_peft.state import read_checkpoint
 from tests.callback.toys import data, trainer
 from tests.cli import conftest as toy_project
-from tests.processes import ACCELERATOR, ROOT, Processes, free_port, ranks, run_ranks
-from tests.strategies.ranks import TIMEOUT, Plain
+from tests.processes import ROOT, Processes, free_port, ranks
+from tests.strategies.conftest import OfRanks
+from tests.strategies.ranks import ACCELERATOR, TIMEOUT, Plain
 
 pytestmark = [pytest.mark.xdist_group("devices"), pytest.mark.slow, pytest.mark.timeout(400)]
 
 MEGABYTE = 10**6
 SCRIPT = ["-m", "tests.strategies.ranks"]
+TORCHRUN = ["-m", "torch.distributed.run", "--run-path", "--start-method", "fork"]
+"""Whose workers need not import everything anew."""
 OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}
 """For restarts: a store that torchrun keeps gives a new process the addresses of one that is gone (pytorch#135712)."""
-Found = Callable[[str], tuple[dict[str, Any], dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
-def found(folder: Path) -> Found:
+def found(of_ddp: OfRanks) -> OfRanks:
     """What each rank found, by the name of the function in ranks.py."""
-    failure = ""
-    try:
-        run_ranks(folder, [*SCRIPT, folder], timeout=300)
-    except AssertionError as error:
-        failure = str(error)
+    return of_ddp
 
-    def of_ranks(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        paths = [folder / f"{name}.{rank}.pt" for rank in range(2)]
-        assert all(path.exists() for path in paths), failure
-        one, two = (torch.load(path, weights_only=True) for path in paths)
-        assert "error" not in one, one["error"]
-        assert "error" not in two, two["error"]
-        return one, two
 
-    return of_ranks
+@pytest.fixture(scope="module")
+def folder(of_ddp: OfRanks) -> Path:
+    return of_ddp.folder
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 0.0) -> None:
@@ -66,7 +51,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 
         assert difference <= tolerance, f"{name}: {difference}"
 
 
-def test_nothing_frozen_is_sent(found: Found) -> None:
+def test_nothing_frozen_is_sent(found: OfRanks) -> None:
     for rank in found("bytes_sent"):
         assert rank["base"] > 8 * MEGABYTE
         for stage in ("fit", "test", "predict"):
@@ -79,7 +64,7 @@ def test_nothing_frozen_is_sent(found: Found) -> None:
         same(rank["peft_ddp state"], rank["ddp state"])
 
 
-def test_bases_that_differ_are_told(found: Found) -> None:
+def test_bases_that_differ_are_told(found: OfRanks) -> None:
     for rank in found("other_base"):
         assert rank["refused"] == rank["refused in test"]
         assert rank["refused"] == (
@@ -93,13 +78,13 @@ def test_bases_that_differ_are_told(found: Found) -> None:
         )
 
 
-def test_bases_that_differ_are_made_equal(found: Found) -> None:
+def test_bases_that_differ_are_made_equal(found: OfRanks) -> None:
     one, two = found("other_base")
     same(one["synced"], one["wanted"])
     same(two["synced"], one["wanted"])
 
 
-def test_scales_of_a_quantized_base_are_compared_and_made_equal(found: Found) -> None:
+def test_scales_of_a_quantized_base_are_compared_and_made_equal(found: OfRanks) -> None:
     pytest.importorskip("bitsandbytes")
     one, two = found("quantized_base")
     start = "the frozen base differs between ranks, in 2 of 12 tensors: on rank 1 body.6.weight.quant_state."
@@ -110,7 +95,7 @@ def test_scales_of_a_quantized_base_are_compared_and_made_equal(found: Found) ->
             assert torch.equal(ours, theirs)
 
 
-def test_configurations_that_differ_are_told_by_both_ranks(found: Found) -> None:
+def test_configurations_that_differ_are_told_by_both_ranks(found: OfRanks) -> None:
     one, two = found("other_configuration")
     end = "; start every process with the same configuration and code"
     for strategy in ("ddp", "peft_ddp"):
@@ -132,7 +117,7 @@ def test_configurations_that_differ_are_told_by_both_ranks(found: Found) -> None
 
 
 @pytest.mark.parametrize("case", ["statistics", "center", "adalora", "accumulated", "manual", "static"])
-def test_training_is_stock_ddps_to_the_bit(case: str, found: Found) -> None:
+def test_training_is_stock_ddps_to_the_bit(case: str, found: OfRanks) -> None:
     one, two = found("as_stock")
     same(one[f"peft_ddp {case}"], one[f"ddp {case}"])
     # stock DDP leaves each rank with what its last batch made of a buffer, until it broadcasts the first rank's again
@@ -144,7 +129,7 @@ def test_training_is_stock_ddps_to_the_bit(case: str, found: Found) -> None:
         assert one[f"peft_ddp {case}"][name].abs().sum() > 0
 
 
-def test_gradients_are_sent_once_for_accumulated_batches(found: Found, tmp_path: Path) -> None:
+def test_gradients_are_sent_once_for_accumulated_batches(found: OfRanks, tmp_path: Path) -> None:
     for rank in found("accumulated"):
         # 8 batches on each rank, in one bucket each, and two of the run's own
         assert (rank["1 calls"], rank["2 calls"]) == (10, 6)
@@ -155,7 +140,7 @@ def test_gradients_are_sent_once_for_accumulated_batches(found: Found, tmp_path:
     same(found("accumulated")[0]["2"], module.state_dict(), 1e-5)
 
 
-def test_adapters_that_a_batch_does_not_use(found: Found, tmp_path: Path) -> None:
+def test_adapters_that_a_batch_does_not_use(found: OfRanks, tmp_path: Path) -> None:
     one, two = found("unused")
     same(one["found"], two["found"])
     assert one["found"]["body.4.adapters.default.lora_B"].abs().sum() > 0
@@ -164,7 +149,7 @@ def test_adapters_that_a_batch_does_not_use(found: Found, tmp_path: Path) -> Non
         assert "`strategy=PEFTDDPStrategy(find_unused_parameters=True)`" in rank["told"]
 
 
-def test_communication_hook_halves_what_is_sent(found: Found) -> None:
+def test_communication_hook_halves_what_is_sent(found: OfRanks) -> None:
     one, two = found("hook")
     same(one["fp16"], two["fp16"])
     assert one["fp16 bytes"] < 0.51 * one["none bytes"]
@@ -173,7 +158,7 @@ def test_communication_hook_halves_what_is_sent(found: Found) -> None:
         same(one["fp16"], one["none"])
 
 
-def test_all_stages_on_one_trainer(found: Found, folder: Path, tmp_path: Path) -> None:
+def test_all_stages_on_one_trainer(found: OfRanks, folder: Path, tmp_path: Path) -> None:
     one, two = found("stages")
     same(one["trained"], two["trained"])
     assert not one["marks"]
@@ -191,7 +176,7 @@ def test_all_stages_on_one_trainer(found: Found, folder: Path, tmp_path: Path) -
     assert not list((folder / "stages").glob("*rank*"))
 
 
-def test_resume_on_two_ranks_is_exact(found: Found) -> None:
+def test_resume_on_two_ranks_is_exact(found: OfRanks) -> None:
     one, two = found("resumed")
     assert one["states"] == 2
     for rank in (one, two):
@@ -202,25 +187,14 @@ def test_resume_on_two_ranks_is_exact(found: Found) -> None:
     assert not torch.equal(one["whole numbers"], two["whole numbers"])
 
 
-def test_a_killed_rank_ends_the_others_and_a_relaunch_ends_as_an_unbroken_run(found: Found, folder: Path) -> None:
+def test_a_killed_rank_ends_the_others_and_a_relaunch_ends_as_an_unbroken_run(found: OfRanks, folder: Path) -> None:
     """The second rank is killed in the second epoch; then, under torchrun, the first while it saves after the third."""
-    with ranks(folder / "killed", [*SCRIPT, folder, "broken"], DIES="1 1 in a batch") as processes:
-        died = processes.wait_for(1)
-        codes, printed = processes.finish(TIMEOUT)
-    assert codes == [1, -signal.SIGKILL]
-    assert time.monotonic() - died < TIMEOUT
-    assert (
-        printed[0]
-        .rstrip()
-        .endswith(
-            "A process of another rank has ended or hangs: its own error, or that the system killed it, is told above "
-            "or in its log. Start all ranks again, with ckpt_path='last', to go on from the last checkpoint."
-        )
-    )
+    killed_in_a_batch(folder, SCRIPT)
     assert read_checkpoint(folder / "broken" / "last.ckpt")["epoch"] == 0
     with Processes(folder / "elastic") as processes:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
-        processes.start([*torchrun, *SCRIPT, folder, "broken"], DIES="0 2 in a save", **OWN_STORE)
+        agent = [*TORCHRUN, "--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
+        script = ROOT / "tests" / "strategies" / "ranks.py"
+        processes.start([*agent, script, folder, "broken"], DIES="0 2 in a save", **OWN_STORE)
         codes, printed = processes.finish(200)
     assert codes == [0], printed[0][-6000:]
     assert "Signal 9 (SIGKILL)" in printed[0] or "exitcode: -9" in printed[0]
@@ -233,6 +207,20 @@ def test_a_killed_rank_ends_the_others_and_a_relaunch_ends_as_an_unbroken_run(fo
         assert torch.equal(broken["numbers"], whole["numbers"])
 
 
+def killed_in_a_batch(folder: Path, script: list[str]) -> None:
+    """The second of two ranks is killed in the second epoch, and the first ends within its timeout and says why."""
+    with ranks(folder / "killed", [*script, folder, "broken"], DIES="1 1 in a batch") as processes:
+        died = processes.wait_for(1)
+        codes, printed = processes.finish(TIMEOUT)
+    assert codes == [1, -signal.SIGKILL]
+    assert time.monotonic() - died < TIMEOUT
+    told = (
+        "A process of another rank has ended or hangs: its own error, or that the system killed it, is told above or "
+        "in its log. Start all ranks again, with ckpt_path='last', to go on from the last checkpoint."
+    )
+    assert printed[0].rstrip().endswith(told)
+
+
 def test_two_nodes_under_torchrun(tmp_path: Path) -> None:
     """Two agents of torchrun, with an address each, start a process each of one run of the command line."""
     (tmp_path / "cli_toy.py").write_text(toy_project.TOY)
@@ -242,14 +230,15 @@ def test_two_nodes_under_torchrun(tmp_path: Path) -> None:
     config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "runs")
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(config))
     port = free_port()
+    find_toy = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from torch.distributed.run import main; main()"
+    torchrun = ["-c", find_toy, *TORCHRUN[2:]]
     with Processes(tmp_path / "logs") as processes:
         for node in range(2):
             agent = ["--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "test"]
             address = ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", f"127.0.0.{node + 1}"]
-            run = ["-m", "lightning_peft", "fit", "--config", tmp_path / "lora.yaml"]
-            path = os.pathsep.join(map(str, (ROOT, tmp_path)))
+            run = [ROOT / "lightning_peft" / "__main__.py", "fit", "--config", tmp_path / "lora.yaml"]
             device = {"CUDA_VISIBLE_DEVICES": node} if ACCELERATOR == "cuda" else {}
-            processes.start(["-m", "torch.distributed.run", *agent, *address, *run], PYTHONPATH=path, **device)
+            processes.start([*torchrun, *agent, *address, *run], **device)
         codes, printed = processes.finish(150)
     assert codes == [0, 0], "\n".join(text[-4000:] for text in printed)
     assert sum("MEMBER: 1/2" in text for text in printed) == sum("MEMBER: 2/2" in text for text in printed) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,18 @@ from torch import Tensor, nn
 from lightning_peft import PEFT, LoRA, PEFTError, PEFTFSDPStrategy, inject, load_from_checkpoint
 from lightning_peft.state import read_checkpoint
 from lightning_peft.strategies.units import find_units
-from tests.processes import run_ranks
 from tests.strategies import sharded
-from tests.strategies.sharded import Language, everything, made, plain, run, text, trained
-from tests.strategies.test_ddp import same
+from tests.strategies.conftest import OfRanks
+from tests.strategies.language import Language, made, run, text, trained
+from tests.strategies.sharded import everything, plain
+from tests.strategies.test_ddp import killed_in_a_batch, same
 
 pytestmark = [pytest.mark.xdist_group("devices"), pytest.mark.timeout(600)]
 
 SCRIPT = ["-m", "tests.strategies.sharded"]
-TWO = ("methods", "quantized", "chain", "stages", "options", "toys", "faults", "streamed")
-Found = Callable[[str], list[dict[str, Any]]]
+TWO = (
+    "methods", "quantized", "chain", "stages", "options", "toys", "faults", "chunks", "shares", "unbroken", "streamed",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +48,9 @@ def single(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path, single: dict[str, Tensor]) -> Found:
+def found(folder: Path, single: dict[str, Tensor]) -> OfRanks:
     """What each rank found, by the name of the function in sharded.py."""
-    failure = ""
-    try:
-        # memory that is freed is given back to the system
-        run_ranks(folder, [*SCRIPT, folder, *TWO], timeout=500, fresh=True, MALLOC_MMAP_THRESHOLD_=2**16)
-    except AssertionError as error:
-        failure = str(error)
-    return lambda name: read(folder, name, 2, failure)
-
-
-def read(folder: Path, name: str, count: int, failure: str) -> list[dict[str, Any]]:
-    paths = [folder / f"{name}.{rank}.pt" for rank in range(count)]
-    assert all(path.exists() for path in paths), failure
-    of_ranks = [torch.load(path, weights_only=True) for path in paths]
-    for of_rank in of_ranks:
-        assert "error" not in of_rank, of_rank["error"]
-    return of_ranks
+    return OfRanks(folder, SCRIPT, TWO)
 
 
 def as_one_device(name: str, found: list[dict[str, Any]], module: Language, loss: float, weights: float) -> None:
@@ -80,7 +66,7 @@ def as_one_device(name: str, found: list[dict[str, Any]], module: Language, loss
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sharded.METHODS_TRIED)
-def test_training_is_one_devices(name: str, found: Found, tmp_path: Path) -> None:
+def test_training_is_one_devices(name: str, found: OfRanks, tmp_path: Path) -> None:
     module = Language()
     run(tmp_path, "auto", peft=PEFT(made(name))).fit(module, text())
     # the bias of a key changes no attention: its gradient is noise, which Adam scales to a step
@@ -88,7 +74,7 @@ def test_training_is_one_devices(name: str, found: Found, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_adapters_are_sent_once_a_step_and_the_base_is_held_in_shares(found: Found) -> None:
+def test_adapters_are_sent_once_a_step_and_the_base_is_held_in_shares(found: OfRanks) -> None:
     for rank in found("methods"):
         adapters = sum(tensor.numel() * 4 for tensor in rank["LoRA"].values())
         sent, calls = rank["LoRA bytes"], rank["LoRA calls"]
@@ -107,7 +93,7 @@ def test_adapters_are_sent_once_a_step_and_the_base_is_held_in_shares(found: Fou
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sharded.QUANTIZED)
-def test_quantized_base_is_sharded(name: str, found: Found, tmp_path: Path) -> None:
+def test_quantized_base_is_sharded(name: str, found: OfRanks, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     module = Language(lr=1e-3, **sharded.WIDE)
     peft = PEFT(LoRA(r=4), quantization=sharded.quantization(name))
@@ -121,7 +107,7 @@ def test_quantized_base_is_sharded(name: str, found: Found, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_under_any_strategy(
-    found: Found, single: dict[str, Tensor], folder: Path, tmp_path: Path
+    found: OfRanks, single: dict[str, Tensor], folder: Path, tmp_path: Path
 ) -> None:
     """One device, two ranks of peft_fsdp, two of peft_ddp, one device: an epoch each."""
     ranks = found("chain")
@@ -144,7 +130,7 @@ def test_a_checkpoint_goes_on_under_any_strategy(
 
 
 @pytest.mark.slow
-def test_all_stages_on_one_trainer(found: Found, folder: Path, tmp_path: Path) -> None:
+def test_all_stages_on_one_trainer(found: OfRanks, folder: Path, tmp_path: Path) -> None:
     one, two = found("stages")
     same(one["trained"], two["trained"])
     module = load_from_checkpoint(Language, one["path"])
@@ -172,7 +158,7 @@ def test_all_stages_on_one_trainer(found: Found, folder: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sharded.OPTIONS)
-def test_options(name: str, found: Found, tmp_path: Path) -> None:
+def test_options(name: str, found: OfRanks, tmp_path: Path) -> None:
     ranks = found("options")
     module, _, _ = sharded.fit_with(name, tmp_path, "auto")
     is_bf16 = name.startswith("bf16")
@@ -184,7 +170,7 @@ def test_options(name: str, found: Found, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_transformers_gives_and_generates_what_it_does(found: Found) -> None:
+def test_transformers_gives_and_generates_what_it_does(found: OfRanks) -> None:
     for rank in found("options"):
         assert rank["hidden states"] == 3
     assert [rank["generated"] for rank in found("options")] == [2, 5]
@@ -192,7 +178,7 @@ def test_transformers_gives_and_generates_what_it_does(found: Found) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["center", "manual", "adalora", "unused"])
-def test_training_of_other_modules_is_peft_ddps(case: str, found: Found) -> None:
+def test_training_of_other_modules_is_peft_ddps(case: str, found: OfRanks) -> None:
     for rank in found("toys"):
         ours, theirs = rank[f"peft_fsdp {case}"], rank[f"peft_ddp {case}"]
         assert rank[f"peft_fsdp {case} keys"] == rank[f"peft_ddp {case} keys"]
@@ -201,14 +187,14 @@ def test_training_of_other_modules_is_peft_ddps(case: str, found: Found) -> None
 
 
 @pytest.mark.slow
-def test_faults_are_told(found: Found) -> None:
+def test_faults_are_told(found: OfRanks) -> None:
     one, two = found("faults")
     for name in ("own", "other base", "replicas", "names", "no callback", "meta"):
         assert one[name] == two[name]
     assert one["own"] == (
         "PEFT: model.model.layers.0.self_attn.q_proj.weight is sharded, of which this process holds a part; adapters "
-        "have to be attached before: leave fully_shard and parallelize_module out of the module's code, and give the "
-        "Trainer strategy='peft_fsdp'"
+        "have to be attached before: leave fully_shard out of the module's code, and give the Trainer "
+        "strategy='peft_fsdp'; for parallelize_module, PEFTFSDPStrategy(tensor_parallel_size=…)"
     )
     assert one["other base"].startswith("the frozen base differs between ranks, in ")
     assert one["replicas"] == "PEFTFSDPStrategy.replicas: 2 ranks can't be divided into 3 groups"
@@ -229,7 +215,7 @@ def test_faults_are_told(found: Found) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sharded.STREAMED)
-def test_no_rank_ever_has_the_whole_base(name: str, found: Found, folder: Path, tmp_path: Path) -> None:
+def test_no_rank_ever_has_the_whole_base(name: str, found: OfRanks, folder: Path, tmp_path: Path) -> None:
     """A base that is read from a file into shards is the one that is read on one device."""
     ranks = found("streamed")
     module = sharded.Empty()
@@ -250,21 +236,70 @@ def test_no_rank_ever_has_the_whole_base(name: str, found: Found, folder: Path, 
 
 
 @pytest.mark.slow
-def test_copies_of_a_sharded_base(folder: Path, tmp_path: Path) -> None:
-    run_ranks(folder / "four", [*SCRIPT, folder, "hybrid"], count=4, timeout=200)
+@pytest.mark.parametrize("name", sharded.CHUNKS)
+def test_a_sharded_head_computes_losses_in_chunks(name: str, found: OfRanks, tmp_path: Path) -> None:
+    options, module = sharded.CHUNKS[name], Language(lr=1e-3)
+    peft = PEFT(LoRA(r=4), modules_to_save=options["saved"])
+    run(tmp_path, "auto", peft=peft, precision=options["precision"]).fit(module, text())
+    ranks = found("chunks")
+    for rank in ranks:
+        assert rank[f"{name} sharded"]
+        assert rank[f"{name} refused"] is None
+    within = 1e-5 if options["precision"] == "32-true" else 5e-3
+    as_one_device(name, ranks, module, within, within)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_shares_goes_on_under_any_strategy(found: OfRanks, folder: Path, tmp_path: Path) -> None:
+    last = folder / "shares" / "last.ckpt"
+    assert sorted(file.name for file in last.iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    sizes = [(last / f"__{rank}_0.distcp").stat().st_size for rank in range(2)]
+    assert 0.3 < sizes[0] / sum(sizes) < 0.7
+    assert not list((folder / "shares").glob(".*"))
+    one, two = found("shares")
+    same(one["saved"], two["saved"])
+    same(one["started"], one["saved"])
+    module, started = Language(lr=1e-3), sharded.Started()
+    fitting = run(tmp_path, "auto", started, peft=plain(), max_epochs=3)
+    fitting.fit(module, text(), ckpt_path=last)
+    same(started.tensors, one["saved"])
+    loaded = load_from_checkpoint(Language, last)
+    same(trained(loaded), {name: one["saved"][name] for name in trained(loaded)})
+    (tested,) = run(tmp_path, "auto", peft=plain()).test(loaded, text(), verbose=False)
+    assert one["tested"]["val_loss"] == pytest.approx(tested["val_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_and_a_relaunch_ends_as_an_unbroken_run(found: OfRanks, folder: Path) -> None:
+    killed_in_a_batch(folder, SCRIPT)
+    assert read_checkpoint(folder / "broken" / "last.ckpt")["epoch"] == 0
+    again = OfRanks(folder, SCRIPT, ["broken"], DIES="0 9 never")
+    for whole, broken in zip(found("unbroken"), again("broken"), strict=True):
+        assert (broken["resumed"], whole["resumed"]) == (True, False)
+        assert broken["steps"] == whole["steps"] == 16
+        same(broken["state"], whole["state"])
+        assert torch.equal(broken["numbers"], whole["numbers"])
+
+
+@pytest.mark.slow
+def test_copies_of_a_sharded_base(of_four: OfRanks, tmp_path: Path) -> None:
     module = Language()
     run(tmp_path, "auto", peft=plain()).fit(module, text())
-    ranks = read(folder, "hybrid", 4, "")
+    ranks = of_four("hybrid")
     as_one_device("state", [{**rank, "state losses": rank["losses"]} for rank in ranks], module, 1e-5, 1e-5)
     for rank in ranks:
         assert rank["bytes"] <= 0.55 * sharded.base_bytes(module)
 
 
 def test_sizes_that_can_not_be() -> None:
-    with pytest.raises(PEFTError, match="tensor_parallel_size: 2 would split layers that adapters are made for"):
-        PEFTFSDPStrategy(tensor_parallel_size=2)
-    with pytest.raises(PEFTError, match="replicas: 0 is no number of copies"):
-        PEFTFSDPStrategy(replicas=0)
+    with pytest.raises(PEFTError) as told:
+        PEFTFSDPStrategy(replicas=0, tensor_parallel_size=0)
+    assert told.value.faults == (
+        "PEFTFSDPStrategy.replicas: 0 is no number of copies; it must be 1 or more",
+        "PEFTFSDPStrategy.tensor_parallel_size: 0 is no number of ranks; it must be 1 or more",
+    )
+    with pytest.raises(PEFTError, match=r"replicas: 2 copies can't be had of layers that are split too \(tensor_par"):
+        PEFTFSDPStrategy(replicas=2, tensor_parallel_size=2)
 
 
 def paths(model: nn.Module, names: tuple[str, ...] = ()) -> dict[str, int]:

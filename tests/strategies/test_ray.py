@@ -17,8 +17,9 @@ from torch import Tensor
 from lightning_peft import load_from_checkpoint
 from lightning_peft.state import adapter_tensors, read_checkpoint
 from tests.callback.toys import data
-from tests.processes import ACCELERATOR, ROOT, run_ranks
-from tests.strategies.ranks import Plain, plain
+from tests.processes import ROOT
+from tests.strategies.conftest import OfRanks
+from tests.strategies.ranks import ACCELERATOR, Plain, plain
 
 pytestmark = [
     pytest.mark.xdist_group("devices"),
@@ -76,7 +77,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.usefixtures("_cluster")
-def test_two_workers_of_which_one_is_killed_end_as_two_ranks_of_peft_ddp(tmp_path: Path) -> None:
+def test_two_workers_of_which_one_is_killed_end_as_two_ranks_of_peft_ddp(tmp_path: Path, of_ddp: OfRanks) -> None:
     import ray.train.torch
 
     result = ray.train.torch.TorchTrainer(
@@ -92,11 +93,10 @@ def test_two_workers_of_which_one_is_killed_end_as_two_ranks_of_peft_ddp(tmp_pat
     assert [metrics["epoch"] for _, metrics in result.best_checkpoints] == list(range(EPOCHS))
     assert result.metrics["step"] == 4 * EPOCHS
 
-    run_ranks(tmp_path, ["-m", "tests.strategies.ranks", tmp_path, "as_in_ray"])
-    for rank in range(2):
+    for rank, expected in enumerate(of_ddp("as_in_ray")):
         found = torch.load(tmp_path / f"worker.{rank}.pt", weights_only=True)
         assert (found["world"], found["steps"]) == (2, 4 * EPOCHS)
-        same(found["state"], torch.load(tmp_path / f"as_in_ray.{rank}.pt", weights_only=True))
+        same(found["state"], expected)
 
     path = Path(result.checkpoint.path) / "checkpoint.ckpt"
     module = load_from_checkpoint(Plain, path)
