@@ -16,6 +16,7 @@ from lightning_peft.methods._quantized import packed
 from lightning_peft.methods._targets import base_modules, find, inside, matches, output_heads
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.quantization.config import Quantization
+from lightning_peft.quantization.loading import loading_policy
 from lightning_peft.quantization.others import is_bitsandbytes, is_plain_linear, other_quantizer
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,7 +44,8 @@ def quantize(
     in a model that it quantized stays dense.
 
     Args:
-        model: without adapters, and not on the meta device: `load_base` fills and quantizes such a one.
+        model: without adapters, and not on the meta device, but where shapes alone count (`LoadingPolicy.shapes_only`):
+            `load_base` fills and quantizes such a one.
         config: a short name ("nf4", "nf4-dq", "fp4", "fp4-dq", "int8"), or all of it.
         skip: names or path endings of further modules to leave as they are, with all that is in them.
         device: where each layer is packed and stays, bias included; by default it stays where it is. The rest of the
@@ -62,7 +64,9 @@ def quantize(
     config = Quantization.of(config)
     targets, faults = quantizable(model, config, skip)
     faults += _model_faults(model, config)
-    if any(parameter.is_meta for module in targets.values() for parameter in module.parameters()):
+    policy = loading_policy()
+    shapes_only = policy is not None and policy.shapes_only
+    if not shapes_only and any(parameter.is_meta for module in targets.values() for parameter in module.parameters()):
         faults.append(
             "quantization: the model is on the meta device; load_base(model, path, quantization=...), or base_weights "
             "of the callback, fills it from safetensors and quantizes on the way"

@@ -308,7 +308,7 @@ def pack(module: nn.Module, config: Quantization, weight: Tensor | None = None, 
         _become_8bit(module, packed)
     else:
         _become_4bit(module, packed, getattr(torch, config.compute_dtype) if config.compute_dtype else None)
-    if error_rank:
+    if error_rank and not matrix.is_meta:
         keep_error(module, matrix, error_rank)
 
 

@@ -29,6 +29,8 @@ class LoadingPolicy:
     """Where quantized weights are to be; None is wherever the loader puts them."""
     skip: tuple[str, ...] = ()
     """Names or path endings of modules that are not to be quantized, since they are trained whole."""
+    shapes_only: bool = False
+    """No weight is read: models are on the meta device, and of what they hold shapes and dtypes alone count."""
 
 
 _policy: ContextVar[LoadingPolicy | None] = ContextVar("lightning_peft.loading", default=None)

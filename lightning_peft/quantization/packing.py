@@ -76,7 +76,9 @@ def packed_4bit(matrix: Tensor, coding: Coding) -> Params4bit:
     )
     if coding.compress_statistics:
         state.offset, state.nested = scales.mean(), True
-        state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=256)
+        # of its own, bitsandbytes would keep a map that it makes for the meta device for all that comes after
+        code = functional.create_dynamic_map().to("meta") if scales.is_meta else None
+        state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, code, blocksize=256)
     return Params4bit(
         stored_as(codes, coding.quant_storage),
         requires_grad=False,
@@ -102,7 +104,7 @@ def packed_8bit(matrix: Tensor) -> Int8Params:
 
 
 def _check(scales: Tensor, or_else: str = "") -> None:
-    if not scales.isfinite().all():
+    if not scales.is_meta and not scales.isfinite().all():
         raise PEFTError(f"has weights that {or_else}are not finite, which can't be packed; name it in skip_modules")
 
 

@@ -16,11 +16,15 @@ from lightning_peft.quantization.config import NAMES, Quantization
 from lightning_peft.quantization.convert import quantizable
 from lightning_peft.quantization.loading import LoadingPolicy, loading_policy
 
+NOT_OF_CONFIG = ("quantization_config", "dtype", "ignore_mismatched_sizes")
+"""Options of `from_pretrained` that a configuration does not take."""
+
 
 def load_pretrained(auto_class: str, name: str, **options: Any) -> torch.nn.Module:
     """The model called `name`, in training mode: `from_pretrained` leaves it in eval mode, which Lightning would keep.
 
-    Where a `LoadingPolicy` holds, each weight is read, put on its device and quantized before the next one is.
+    Where a `LoadingPolicy` holds, each weight is read, put on its device and quantized before the next one is; or none
+    is read, where shapes alone count.
 
     Args:
         auto_class: the class of `transformers` to load it with, such as `AutoModelForSequenceClassification`.
@@ -36,7 +40,10 @@ def load_pretrained(auto_class: str, name: str, **options: Any) -> torch.nn.Modu
     place = resolve(name, "model")
     auto = getattr(transformers, auto_class)
     try:
-        if (policy := loading_policy()) is not None:
+        policy = loading_policy()
+        if policy is not None and policy.shapes_only:
+            return _shapes(auto, place, options).train()
+        if policy is not None:
             options = _stored_as(policy, auto, name, place, options)
         model: torch.nn.Module = auto.from_pretrained(place, **options)
     except PEFTError:
@@ -47,12 +54,29 @@ def load_pretrained(auto_class: str, name: str, **options: Any) -> torch.nn.Modu
     return model.train()
 
 
+def _shapes(auto: Any, place: str, options: dict[str, Any]) -> torch.nn.Module:
+    """The model on the meta device, in the dtype that its configuration names; nothing else of it is read."""
+    from transformers import AutoConfig
+
+    known = {key: value for key, value in options.items() if key not in NOT_OF_CONFIG}
+    config, _ = AutoConfig.from_pretrained(place, return_unused_kwargs=True, **known)
+    given = {key: options[key] for key in ("attn_implementation",) if key in options}
+    dtype = options.get("dtype")
+    if isinstance(dtype, (str, torch.dtype)) and dtype != "auto":
+        given["dtype"] = dtype
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model: torch.nn.Module = auto.from_config(
+            config, trust_remote_code=bool(options.get("trust_remote_code")), **given
+        )
+    return model
+
+
 def _stored_as(policy: LoadingPolicy, auto: Any, name: str, place: str, options: dict[str, Any]) -> dict[str, Any]:
     """`options` with what the policy asks of `from_pretrained`; only the model's configuration is read."""
     from transformers import AutoConfig
 
     wanted, given = policy.quantization, options.get("quantization_config")
-    known = {key: value for key, value in options.items() if key not in ("quantization_config", "dtype")}
+    known = {key: value for key, value in options.items() if key not in NOT_OF_CONFIG}
     config, _ = AutoConfig.from_pretrained(place, return_unused_kwargs=True, **known)
     own = getattr(config, "quantization_config", None) if given is None else given
     if policy.base_dtype is not None:

@@ -1,0 +1,344 @@
+"""The memory of a run, from its configuration alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lightning_peft.callback import PEFT
+from lightning_peft.cli.app import PEFTCLI
+from lightning_peft.methods import METHODS
+from lightning_peft.methods.base import Method
+from lightning_peft.methods.errors import PEFTError, suggestion
+from lightning_peft.planning.building import Setting
+from lightning_peft.planning.choosing import Choice, base_of, bytes_of, cheapest, room, storage_name
+from lightning_peft.planning.estimates import Estimate, Planner
+from lightning_peft.planning.sharing import layouts
+from lightning_peft.tracking.tables import format_bytes
+
+HELP = """\
+Say what memory a run takes, from its configuration alone: a step is run on tensors without values. Nothing is
+downloaded but the model's configuration, and no data is read where the batch's size is known.
+
+The parts are those at the peak of a step, on each device. CUDA, NCCL and libraries take 1.5 GB more, and 95% of the
+rest can be filled. Rows are taken to be full, and classes that the data alone could tell to be two.
+
+Of settings that fit, the cheapest is the first in this order: as configured; the base in bf16; gradient_checkpointing;
+the base in 4 bits; sharding by peft_fsdp; offload_activations; cpu_offload.
+
+Every other option is one of `fit`."""
+FULL = "full"
+LOGGERS = (
+    *("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"),
+    *("transformers", "bitsandbytes"),
+)
+"""Those that tell of a run."""
+STORED = "none,bf16,int8,nf4-dq"
+
+
+@dataclass
+class Given:
+    """What a command line says."""
+
+    methods: str | None
+    quantizations: str
+    devices: str | None
+    batch: str | None
+    fit: str | None
+    json: Path | None
+    words: list[str]
+    """For `fit`."""
+
+
+@dataclass
+class Planned:
+    """What a configuration says of a run that is not to take place."""
+
+    module: pl.LightningModule
+    data: Any
+    setting: Setting
+    precision: Any
+    accumulate: int
+    devices: int
+    strategy: str
+    on_gpu: bool
+
+
+def run_plan(words: Sequence[str]) -> int:
+    """Print the table, and with `--fit` what to set.
+
+    Returns:
+        0.
+
+    Raises:
+        PEFTError: with all that is wrong with the options or the configuration, or why the run can't be simulated.
+    """
+    given = _given(words)
+    size = bytes_of(given.fit) if given.fit else None
+    rows, length = _batch(given.batch)
+    names = [name.strip() for name in given.quantizations.split(",")]
+    with _quiet():
+        planned = PlanCLI(given.words).planned
+        counts = [planned.devices] if given.devices is None else _counts(given.devices)
+        settings, faults = _settings(planned.setting, given.methods, names)
+        planner = Planner(
+            planned.module,
+            planned.data,
+            precision=planned.precision,
+            accumulate_grad_batches=planned.accumulate,
+            rows=rows,
+            length=length,
+            on_gpu=planned.on_gpu,
+        )
+        ways = [way for count in counts for way in layouts(count) if not way.cpu_offload]
+        estimates = [planner.estimate(setting, way) for setting in settings for way in ways]
+        choices = (
+            {count: cheapest(planner, planned.setting, count, size, planned.strategy) for count in counts}
+            if size
+            else {}
+        )
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, 160))
+    console.print(_table(estimates, size))
+    lines = [f"{name}: {fault}" for name, fault in faults.items()]
+    lines += dict.fromkeys(f"{_label(each)}: {each.fault}" for each in estimates if each.fault)
+    lines += [_verdict(choice, count, given.fit or "", room(size or 0)) for count, choice in choices.items()]
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if given.json is not None:
+        given.json.write_text(
+            json.dumps([_fields(each, size) for each in estimates], indent=2) + "\n", encoding="utf-8"
+        )
+    return 0
+
+
+class PlanCLI(PEFTCLI):
+    """Makes the module, the datamodule and the callback of a configuration, and no Trainer.
+
+    Args:
+        words: what comes after the verb.
+    """
+
+    planned: Planned
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__(["fit", *words])
+
+    def instantiate_classes(self) -> None:
+        """The module without weights, where it can be made so."""
+        given = self.config[self.verb]
+        config = self.config.clone()
+        for name in set(config[self.verb].as_dict()) - {"model", "data", "peft", "optimizer", "lr_scheduler"}:
+            config[self.verb][name] = None
+        try:
+            with torch.device("meta"):
+                self.config_init = self._instantiate(config)
+        except PEFTError:
+            raise
+        except (RuntimeError, NotImplementedError, ValueError):
+            # it loads or looks at its weights as it is made
+            self.config_init = self._instantiate(config)
+        self.model = self._get(self.config_init, "model")
+        self._optimize_later()
+        section = self._get(self.config_init, "peft")
+        setting = Setting(None)
+        if section is not None and section.method is not None:
+            callback = PEFT(**section.as_dict())
+            blocks = callback.gradient_checkpointing
+            setting = Setting(
+                callback.method,
+                callback.base,
+                tuple(callback.modules_to_save),
+                tuple(blocks) if isinstance(blocks, list) else blocks,
+                callback.offload_activations,
+            )
+        trainer = given.trainer
+        devices, nodes = trainer.devices, trainer.num_nodes
+        self.planned = Planned(
+            self.model,
+            self._get(self.config_init, "data"),
+            setting,
+            trainer.precision or "32-true",
+            trainer.accumulate_grad_batches,
+            (len(devices) if isinstance(devices, list) else _number(devices)) * (nodes or 1),
+            trainer.strategy if isinstance(trainer.strategy, str) else "",
+            trainer.accelerator != "cpu",
+        )
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+def _given(words: Sequence[str]) -> Given:
+    parser = argparse.ArgumentParser(
+        "lightning-peft plan",
+        description=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--methods", help="LoRA,IA3,… by name with their defaults; all; full is full fine-tuning")
+    parser.add_argument("--quantizations", default=STORED, help="how the base is stored; none is as it is loaded")
+    parser.add_argument("--devices", help="numbers of devices, such as 1,2; by default the Trainer's")
+    parser.add_argument("--batch", help="rows and length of each device's batch, such as 2x2048; by default the data's")
+    parser.add_argument("--fit", help="the memory of a GPU, such as 24GB: marks what fits, and says what to set")
+    parser.add_argument("--json", type=Path, help="a file for the numbers, in bytes")
+    known, rest = parser.parse_known_args(words)
+    return Given(**vars(known), words=rest)
+
+
+def _settings(own: Setting, methods: str | None, names: Sequence[str]) -> tuple[list[Setting], dict[str, str]]:
+    """The settings of a table's rows, the configured one first; and methods that have no defaults, with the reason."""
+    settings, faults = [own], dict[str, str]()
+    bases = [base_of(name, own.base) for name in names if name]
+    for method in _methods(own.method, methods, faults):
+        if method is None:
+            settings.append(Setting(None))
+            continue
+        of_method = Setting(method, own.base, own.modules_to_save, own.gradient_checkpointing, own.offload_activations)
+        settings += [Setting(**{**vars(of_method), "base": base}) for base in (own.base, *bases)]
+    found: list[Setting] = []
+    for setting in settings:
+        if setting not in found:
+            found.append(setting)
+    return found, faults
+
+
+def _methods(own: Method | None, methods: str | None, faults: dict[str, str]) -> Iterator[Method | None]:
+    if methods is None:
+        yield own
+        if own is not None:
+            yield None
+        return
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    for name in [*METHODS, FULL] if names == ["all"] else names:
+        if name == FULL:
+            yield None
+        elif name not in METHODS:
+            known = [*METHODS, FULL, "all"]
+            raise PEFTError(
+                f"methods: there is no {name!r}{suggestion(name, known) or '; there are ' + ', '.join(known)}"
+            )
+        elif own is not None and type(own) is METHODS[name]:
+            yield own
+        else:
+            try:
+                yield METHODS[name]()
+            except (PEFTError, TypeError) as error:
+                faults[name] = "; ".join(error.faults) if isinstance(error, PEFTError) else str(error)
+
+
+def _table(estimates: Sequence[Estimate], size: int | None) -> Table:
+    headers = ["method", "base", "devices", "trainable>", "checkpoint>"]
+    headers += ["weights>", "gradients>", "optimizer>", "activations>", "peak>"]
+    headers += [f"fits {format_bytes(size)}"] if size else []
+    table = Table(title="Memory of a step on each device", title_justify="left")
+    for header in headers:
+        table.add_column(header.rstrip(">"), justify="right" if header.endswith(">") else "left")
+    for each in estimates:
+        if each.fault:
+            table.add_row(*_names(each), *["—"] * (len(headers) - 3))
+            continue
+        parts = (each.checkpoint_bytes, each.weights, each.gradients, each.optimizer, each.activations, each.peak)
+        fits = [] if size is None else ["yes" if each.peak <= room(size) else "no"]
+        table.add_row(*_names(each), f"{each.trainable:,}", *map(format_bytes, parts), *fits)
+    return table
+
+
+def _names(each: Estimate) -> tuple[str, str, str]:
+    setting, way = each.setting, each.layout
+    saved = [" +checkpointing"] if setting.gradient_checkpointing else []
+    saved += [" +offload"] if setting.offload_activations else []
+    method = FULL if setting.method is None else type(setting.method).__name__
+    devices = "1" if way.devices == 1 else f"{way.devices} × {way.name}"
+    return f"{method}{''.join(saved)}", storage_name(setting.base), devices
+
+
+def _label(each: Estimate) -> str:
+    method, base, _ = _names(each)
+    return f"{method} over {base}"
+
+
+def _verdict(choice: Choice | None, devices: int, asked: str, free: int) -> str:
+    on = "1 device" if devices == 1 else f"{devices} devices"
+    if choice is None:
+        return (
+            f"{on} of {asked}: nothing fits {format_bytes(free)}, not with 4 bits, checkpointing and offloading; use a "
+            "smaller batch, a shorter max_length or more devices"
+        )
+    peak = format_bytes(choice.estimate.peak)
+    if not choice.changes:
+        return f"{on} of {asked}: fits as configured, {peak} of {format_bytes(free)}"
+    options = " ".join(
+        f"--{name} {str(value).lower() if value is True else value}" for name, value in choice.changes.items()
+    )
+    return f"{on} of {asked}: the cheapest that fits takes {peak} of {format_bytes(free)}: {options}"
+
+
+def _fields(each: Estimate, size: int | None) -> dict[str, Any]:
+    method, base, _ = _names(each)
+    kept = (
+        "total",
+        "trainable",
+        "adapter_bytes",
+        "checkpoint_bytes",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "peak",
+    )
+    fields = {"method": method, "base": base, "strategy": each.layout.strategy, "devices": each.layout.devices}
+    if each.fault:
+        return {**fields, "fault": each.fault}
+    fits = {} if size is None else {"fits": each.peak <= room(size)}
+    return {**fields, **{name: getattr(each, name) for name in kept}, **fits}
+
+
+def _batch(words: str | None) -> tuple[int | None, int | None]:
+    if words is None:
+        return None, None
+    found = re.fullmatch(r"([1-9][0-9]*)(?:[x×]([1-9][0-9]*))?", words)
+    if not found:
+        raise PEFTError(f"batch: {words!r} is neither rows nor rows and length; give 8, or 2x2048")
+    return int(found[1]), int(found[2]) if found[2] else None
+
+
+def _counts(words: str) -> list[int]:
+    counts = [_number(word.strip()) for word in words.split(",")]
+    if not all(word.strip().isdecimal() and int(word) for word in words.split(",")):
+        raise PEFTError(f"devices: {words!r} is no list of numbers; give 1, or 1,2,8")
+    return counts
+
+
+def _number(devices: Any) -> int:
+    """How many devices a Trainer's `devices` means; one where that is for the machine to say."""
+    return max(1, int(devices)) if str(devices).isdecimal() else 1
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what a Trainer and loaders say of a run that takes place."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

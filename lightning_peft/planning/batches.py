@@ -1,0 +1,153 @@
+"""The batch that a step is planned for: of the configuration's sizes, full rows without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lightning_peft.methods.errors import PEFTError
+from lightning_peft.tasks import (
+    CausalLM,
+    ImageClassification,
+    QuestionAnswering,
+    Seq2Seq,
+    SequenceClassification,
+    SpeechClassification,
+    TokenClassification,
+)
+from lightning_peft.tasks.chunked_loss import SCALINGS
+from lightning_peft.tasks.decoding import text_config
+
+SAMPLING_RATE = 16000
+"""Samples a second, where a model's configuration names no other: that of speech models."""
+IMAGE = 224
+"""Pixels of a side, where a model's configuration names none."""
+TOKEN = 3
+"""One of every vocabulary that is padding in none that is known."""
+TEXTS = (CausalLM, QuestionAnswering, Seq2Seq, SequenceClassification, TokenClassification)
+
+
+def prepare_task(module: pl.LightningModule, trainer: pl.Trainer) -> None:
+    """Let a task find out what it does as training starts; to be called where tensors have no values."""
+    if not isinstance(module, CausalLM) or not module.hparams["chunked_loss"]:
+        return
+    config = text_config(module.model)
+    # without values it can't be seen that logits are changed
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in SCALINGS):
+        return
+    trainer.state.fn = TrainerFn.VALIDATING
+    module.on_validation_start()
+    trainer.state.fn = TrainerFn.FITTING
+
+
+def batch_of(module: pl.LightningModule, data: Any, rows: int | None = None, length: int | None = None) -> Any:
+    """A batch for one device, with numbers on the meta device, and token ids and labels with values.
+
+    Args:
+        module: with its model.
+        data: the datamodule, by whose sizes it goes: `batch_size`, `max_length`, `packing`. Where the module is no task
+            of this package around a model of transformers, the first batch of `data` is read; without data,
+            `example_input_array` is taken.
+        rows: in place of `batch_size`.
+        length: in place of `max_length`, or for sounds the number of samples.
+
+    Raises:
+        PEFTError: neither says what a batch is.
+    """
+    sizes = rows or getattr(data, "batch_size", None), length or getattr(data, "max_length", None)
+    config = getattr(getattr(module, "model", None), "config", None)
+    if config is not None and isinstance(module, TEXTS):
+        return _texts(module, data, *_known(sizes))
+    if config is not None and isinstance(module, ImageClassification):
+        side = getattr(config, "image_size", None) or IMAGE
+        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        (count,) = _known(sizes[:1])
+        pixels = _floats(count, getattr(config, "num_channels", 3), height, width)
+        return {"pixel_values": pixels, "labels": torch.zeros(count, dtype=torch.int64)}
+    if config is not None and isinstance(module, SpeechClassification):
+        seconds = getattr(data, "max_seconds", 10.0)
+        (count,) = _known(sizes[:1])
+        samples = length or int(seconds * getattr(config, "sampling_rate", SAMPLING_RATE))
+        return {"input_values": _floats(count, samples), "labels": torch.zeros(count, dtype=torch.int64)}
+    return _given(module, data, rows)
+
+
+def _texts(module: pl.LightningModule, data: Any, rows: int, length: int) -> dict[str, Tensor]:
+    """Full rows need no mask, and models make none then."""
+    batch = {"input_ids": _integers(rows, length)}
+    if isinstance(module, QuestionAnswering):
+        return {**batch, "start_positions": _integers(rows), "end_positions": _integers(rows)}
+    if isinstance(module, SequenceClassification):
+        return {**batch, "labels": torch.zeros(rows, dtype=torch.int64)}
+    if getattr(data, "packing", False):
+        # several texts in a row, which a mask keeps apart
+        batch["position_ids"] = (torch.arange(length) % -(-length // 2)).expand(rows, length)
+    labels = getattr(data, "max_target_length", None) if isinstance(module, Seq2Seq) else None
+    return {**batch, "labels": _integers(rows, labels or length)}
+
+
+def _given(module: pl.LightningModule, data: Any, rows: int | None) -> Any:
+    if data is not None:
+        data.prepare_data()
+        data.setup("fit")
+        batch = next(iter(data.train_dataloader()))
+    elif module.example_input_array is not None:
+        batch = module.example_input_array
+    else:
+        raise PEFTError(
+            f"plan: nothing says what a batch of {type(module).__name__} is; give a datamodule in the section data, or "
+            "the module an example_input_array of what its training_step takes"
+        )
+    first = next(_tensors(batch), None)
+    if first is None or not first.dim():
+        raise PEFTError(f"plan: a batch of {type(module).__name__} holds no tensors")
+    count = len(first)
+    return with_tensors(batch, lambda tensor: _like(tensor, count, rows))
+
+
+def _like(tensor: Tensor, count: int, rows: int | None) -> Tensor:
+    shape = list(tensor.shape)
+    if rows is not None and shape and shape[0] == count:
+        shape[0] = rows
+    if tensor.is_floating_point() or shape != list(tensor.shape):
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+    return tensor
+
+
+def with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A nest of mappings, lists and tuples with each tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: with_tensors(item, change) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(with_tensors(item, change) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(with_tensors(item, change) for item in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    found: list[Tensor] = []
+    with_tensors(value, found.append)
+    return iter(found)
+
+
+def _known(sizes: Sequence[int | None]) -> list[int]:
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        raise PEFTError("plan: nothing says how large a batch is; give --batch ROWSxLENGTH, such as --batch 2x2048")
+    return known
+
+
+def _integers(*shape: int) -> Tensor:
+    return torch.full(shape, TOKEN)
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")

@@ -1,0 +1,45 @@
+"""A Trainer that never runs: what a module asks of its own while a plan is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+
+STEPS = 10**6
+"""Optimizer steps that a plan takes training to have: no schedule or method ends within the one that is simulated."""
+
+
+class PlanningTrainer(pl.Trainer):
+    """On the CPU, with nothing that writes.
+
+    Args:
+        precision: as in the Trainer that is planned for.
+        accumulate_grad_batches: as in that one.
+        datamodule: what a task asks for its data.
+    """
+
+    def __init__(self, precision: Any = "32-true", accumulate_grad_batches: int = 1, datamodule: Any = None) -> None:
+        super().__init__(
+            accelerator="cpu",
+            devices=1,
+            precision=precision,
+            accumulate_grad_batches=accumulate_grad_batches,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        self.state.fn = TrainerFn.FITTING
+        self.datamodule = datamodule
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """A number of steps that no data has to be read for."""
+        return STEPS
+
+    def take(self, module: pl.LightningModule) -> None:
+        """Attach a module."""
+        self.strategy.connect(module)
+        module.trainer = self
