@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import wave
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,70 @@ def wav2vec2(folder: Path) -> str:
     return save_model(folder, "Wav2Vec2Model", "Wav2Vec2Config", **SMALL, **sizes, **position)
 
 
+def wav2vec2_to_spell(folder: Path) -> str:
+    """The same without a tokenizer, whose characters are then those of the transcripts."""
+    wav2vec2(folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    return str(folder)
+
+
+def save_spoken(folder: Path, texts: Sequence[str], rate: int = 8000) -> str:
+    """Texts of the letters a to d and spaces as WAV, each character a tenth of a second of a pitch of its own, and a
+    table of them."""
+    folder.mkdir(parents=True)
+    times = torch.arange(rate // 10) / rate
+    for number, text in enumerate(texts):
+        pitches = [400 * (1 + "abcd".find(letter)) for letter in text]
+        samples = torch.cat([torch.sin(6.2832 * pitch * times) * 20_000 for pitch in pitches]).to(torch.int16)
+        with wave.open(str(folder / f"{number}.wav"), "wb") as file:
+            file.setparams((1, 2, rate, 0, "NONE", ""))
+            file.writeframes(samples.numpy().tobytes())
+    rows = [f"{number}.wav,{text}\n" for number, text in enumerate(texts)]
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(rows))
+    return str(folder)
+
+
+def segformer(folder: Path) -> str:
+    from transformers import SegformerImageProcessorPil
+
+    SegformerImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    sizes = {"depths": [1] * 4, "hidden_sizes": [4, 8, 8, 8], "decoder_hidden_size": 8, "num_attention_heads": [1] * 4}
+    return save_model(folder, "SegformerForSemanticSegmentation", "SegformerConfig", **sizes)
+
+
+def yolos(folder: Path) -> str:
+    from transformers import YolosImageProcessorPil
+
+    YolosImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    sizes = {**SMALL, "image_size": [32, 32], "patch_size": 16, "num_detection_tokens": 4}
+    return save_model(folder, "YolosForObjectDetection", "YolosConfig", **sizes, use_mid_position_embeddings=False)
+
+
+def save_squares(folder: Path, count: int = 12) -> str:
+    """Red and blue squares on grey: images and masks, and a COCO file beside the images."""
+    from PIL import Image, ImageDraw
+
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    coco: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
+    for number, (name, colour) in enumerate({"red": (255, 0, 0), "blue": (0, 0, 255)}.items()):
+        coco["categories"].append({"id": number + 1, "name": name})
+        for row in range(number, count, 2):
+            image, mask = Image.new("RGB", (40, 30), (128, 128, 128)), Image.new("L", (40, 30))
+            left, top = 2 * row % 20, row % 10
+            ImageDraw.Draw(image).rectangle((left, top, left + 15, top + 15), colour)
+            ImageDraw.Draw(mask).rectangle((left, top, left + 15, top + 15), number + 1)
+            image.save(folder / "images" / f"{row}.png")
+            mask.save(folder / "masks" / f"{row}.png")
+            coco["images"].append({"id": row, "file_name": f"{row}.png"})
+            box = {"image_id": row, "category_id": number + 1, "bbox": [left, top, 16, 16]}
+            coco["annotations"].append(box)
+    (folder / "classes.txt").write_text("ground\nred\nblue\n")
+    (folder / "images" / "boxes.json").write_text(json.dumps(coco))
+    return str(folder)
+
+
 def reviews(folder: Path) -> str:
     return save_rows(folder / "a.jsonl", [{"text": f"the film was {w}", "label": w} for w in ("good", "bad")] * 10)
 
@@ -175,6 +239,9 @@ STAND_INS: dict[str, tuple[Callable[[Path], str], Callable[[Path], str]]] = {
     "qlora_offline": (llama, prompts),
     "translation": (t5, pairs),
     "image_classification": (vit, lambda folder: save_images(folder / "images")),
+    "image_segmentation": (segformer, lambda folder: save_squares(folder / "squares")),
+    "object_detection": (yolos, lambda folder: save_squares(folder / "squares") + "/images"),
     "speech_classification": (wav2vec2, lambda folder: save_tones(folder / "tones")),
+    "speech_recognition": (wav2vec2_to_spell, lambda folder: save_spoken(folder / "spoken", ["ab cad", "dab"] * 6)),
 }
 """For each of configs/, what makes its model and its data in a folder."""

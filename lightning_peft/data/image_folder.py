@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from lightning_peft.data.folders import FolderData, labels_of, require
+from lightning_peft.data.file_rows import require
+from lightning_peft.data.folders import FolderData, labels_of
 from lightning_peft.data.module import Collate
 
 if TYPE_CHECKING:
@@ -70,14 +71,15 @@ class ImageFolderData(FolderData):
 
     def reader(self) -> Callable[[str | io.BytesIO], Any]:
         """Reads an image in RGB."""
-        return _read
+        return read_image
 
     def collate(self) -> Collate:
         """Pixels and labels of a batch."""
         return partial(_collate, processor=self.processor)
 
 
-def _read(file: str | io.BytesIO) -> Image:
+def read_image(file: str | io.BytesIO) -> Image:
+    """An image of any kind in RGB, turned as its EXIF data says."""
     from PIL import Image, ImageOps
 
     with Image.open(file) as image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,12 +52,17 @@ def best_spans(logits: torch.Tensor, offsets: torch.Tensor, max_tokens: int) -> 
 
 
 class AnswerScores(Metric):
-    """SQuAD's `exact_match` and `f1`, from 0 to 100, of the best answer of all windows of each question."""
+    """SQuAD's `exact_match` and `f1`, from 0 to 100, of the best answer of all windows of each question.
+
+    Args:
+        names: which of the two it computes.
+    """
 
     windows: list[torch.Tensor]
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = ("exact_match", "f1")) -> None:
         super().__init__()
+        self.names = tuple(names)
         self.add_state("windows", default=[], dist_reduce_fx="cat")
 
     def update(
@@ -87,7 +92,8 @@ class AnswerScores(Metric):
         _, best = np.unique(windows[:, 0], return_index=True)
         none = np.minimum.reduceat(windows[:, 3], best) > windows[best, 1] if len(best) else []
         scores = np.where(np.reshape(none, (-1, 1)), windows[best, 6:8], windows[best, 4:6]).mean(axis=0)
-        return {name: torch.tensor(value) for name, value in zip(("exact_match", "f1"), scores, strict=True)}
+        both = dict(zip(("exact_match", "f1"), scores, strict=True))
+        return {name: torch.tensor(both[name]) for name in self.names}
 
 
 def _scores(given: str, answers: list[str]) -> tuple[float, float]:

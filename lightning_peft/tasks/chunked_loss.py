@@ -71,8 +71,7 @@ def refusal(model: Any) -> str | None:
     if not isinstance(head, nn.Linear):
         what = "names no output layer" if head is None else f"has a {type(head).__name__} as output layer"
         return f"{name} {what}"
-    # one that casts what the layer is given comes before ours, which then is given what it made
-    if head._forward_hooks or any(type(hook) is not CastInputs for hook in head._forward_pre_hooks.values()):
+    if not all(_gives_way(hook) for hook in (*head._forward_pre_hooks.values(), *head._forward_hooks.values())):
         return f"hooks stand on the output layer of {name}"
     # no public attribute tells; checked on torch 2.11 and 2.13
     if any(module._compiled_call_impl is not None for module in model.modules()):
@@ -106,6 +105,16 @@ def refusal(model: Any) -> str | None:
         because = f" ({', '.join(scalings)})" if scalings else ""
         return f"the logits of {name} are not what its output layer gives{because}"
     return f"the output layer of {name} is trained through tensors outside of it" if elsewhere else None
+
+
+def _gives_way(hook: Any) -> bool:
+    """Whether a layer's hook comes before ours, and leaves its forward to compute what the layer does.
+
+    One that casts what the layer is given does; and so do those of FSDP2, which gather its weights.
+    """
+    # no public class tells; checked on torch 2.13
+    of_fsdp = type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp.")
+    return of_fsdp or type(hook) is CastInputs
 
 
 def _trains_elsewhere(head: nn.Module, hidden: Tensor) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_peft.methods.errors import PEFTError
+from lightning_peft.tasks.class_metrics import CLASS_METRICS
+from lightning_peft.tasks.metrics import MetricFactory
 from lightning_peft.tasks.task import IGNORED, Batch, Outcome, Task
 
 
@@ -20,6 +20,12 @@ class Classification(Task):
     A batch is a mapping: `labels`, int64 of shape (batch,) or (batch, tokens), where -100 marks what to leave out, and
     what the model is called with, as keywords. Beside the loss it logs `val_accuracy`, `val_macro_f1` and, where the
     datamodule has `class_counts`, `val_majority`: the accuracy of always naming the most frequent training class.
+
+    Other `metrics` are `f1`, `precision` and `recall`: of two classes those of the second one, label 1; of more the
+    mean over classes. The same with `macro_` (that mean), `micro_`, `weighted_` (by how often a class is right) and
+    `per_class_`; `top2_accuracy`, and so on with 3, 5 and 10; and `confusion_matrix`, a row for each actual class. A
+    score with nothing to divide by is 0; a class that is neither there nor predicted is left out of means. A metric
+    that is an object is given logits, float32 of shape (labels, classes), and labels, int64 of shape (labels,).
 
     Args:
         model: a hub id, a folder, `package:NAME/folder`, or a module whose output is logits of shape (batch, …,
@@ -32,6 +38,9 @@ class Classification(Task):
     Raises:
         PEFTError: by `configure_model`, there is no such model, or the number of classes is unknown or too small.
     """
+
+    known_metrics: ClassVar[Mapping[str, MetricFactory]] = CLASS_METRICS
+    takes_other_metrics: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -61,14 +70,9 @@ class Classification(Task):
             return {"num_labels": given}
         return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
-    def make_metrics(self) -> dict[str, Metric]:
+    def default_metrics(self) -> Sequence[str]:
         """Accuracy, macro-F1 and the majority's accuracy."""
-        classes = self.hparams["num_labels"]
-        return {
-            "accuracy": MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED),
-            "macro_f1": MulticlassF1Score(classes, average="macro", ignore_index=IGNORED),
-            "majority": MeanMetric(),
-        }
+        return ("accuracy", "macro_f1", "majority")
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Logits of shape (batch, …, classes) in the model's dtype."""
@@ -84,13 +88,16 @@ class Classification(Task):
         return Outcome(total / count.clamp(min=1), count, logits)
 
     def update(self, metrics: Mapping[str, Any], batch: Batch, outcome: Outcome) -> None:
-        """Enter a batch into the metrics."""
-        labels = batch["labels"]
-        for name in ("accuracy", "macro_f1"):
-            metrics[name].update(outcome.output.argmax(dim=-1).flatten(), labels.flatten())
-        if counts := getattr(self.data, "class_counts", None):
-            most = max(range(len(counts)), key=counts.__getitem__)
-            metrics["majority"].update((labels == most).sum() / outcome.count.clamp(min=1), outcome.count)
+        """Enter the labels that count and their logits into the metrics."""
+        kept = batch["labels"] != IGNORED
+        logits, labels = outcome.output[kept], batch["labels"][kept]
+        if not len(labels):
+            return  # there are metrics that take no empty batch
+        for name, metric in metrics.items():
+            if name != "majority":
+                metric.update(logits, labels)
+            elif counts := getattr(self.data, "class_counts", None):
+                metric.update((labels == max(range(len(counts)), key=counts.__getitem__)).float())
 
     def predict_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Probabilities, float32 of shape (batch, …, classes)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric, Metric
 
 from lightning_peft.methods.errors import PEFTError, suggestion
 from lightning_peft.tasks.decoding import decode, generate, model_tokenizer, option_faults, text_config, without_cache
+from lightning_peft.tasks.metrics import MetricFactory, metric_faults
 from lightning_peft.tasks.task import IGNORED, Batch, Outcome, Task
 from lightning_peft.tasks.text_metrics import TEXT_METRICS, Perplexity
 
@@ -20,21 +21,28 @@ from lightning_peft.tasks.text_metrics import TEXT_METRICS, Perplexity
 class Generation(Task):
     """A pretrained model that writes text, or any module whose output is logits over a vocabulary.
 
-    Beside the loss it logs `val_perplexity` and `val_accuracy`, the part of the labels that the model holds for most
-    likely, and the metrics of generated texts that are asked for. All of them are over the rows of all devices.
+    Beside the loss it logs its `metrics`, `val_perplexity` and `val_accuracy`, the part of the labels that the model
+    holds for most likely, and the metrics of generated texts that are asked for. All of them are over the rows of all
+    devices.
 
     Args:
         model: a hub id, a folder, `package:NAME/folder`, or a module whose output is logits of shape (batch, length,
             vocabulary) or has them as `.logits`.
         generation: options of transformers' `generate`, such as `{num_beams: 4}`; by default 128 new tokens at most.
         generation_metrics: metrics of texts generated in evaluation, against those of the labels: `bleu`, `chrf`,
-            `rouge1`, `rouge2`, `rougeL` (their f-measures) and `exact_match`; each is between 0 and 1.
+            `rouge1`, `rouge2`, `rougeL` (their f-measures), `exact_match`, `token_f1` (as SQuAD has it), each between
+            0 and 1, and `wer`, the word error rate.
         **options: see `Task`.
 
     Raises:
         PEFTError: by the constructor, an unknown metric or option; by `configure_model`, there is no such model, the
             tokenizer has more tokens than it, or it can't generate what is asked for.
     """
+
+    known_metrics: ClassVar[Mapping[str, MetricFactory]] = {
+        "perplexity": lambda task: Perplexity(float("nan")),
+        "accuracy": lambda task: MeanMetric(),
+    }
 
     def __init__(
         self,
@@ -43,7 +51,12 @@ class Generation(Task):
         generation_metrics: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        faults = [
+        given = options.get("metrics") or ()
+        texts = [name for name in given if not isinstance(given, str) and name in TEXT_METRICS]
+        faults = [f"metrics: {name!r} is of generated texts; name it in generation_metrics" for name in texts]
+        others = given if isinstance(given, str) else [name for name in given if name not in texts]
+        faults += metric_faults(others, self.known_metrics, self.takes_other_metrics)
+        faults += [
             f"generation_metrics: there is no {name!r}"
             + (suggestion(name, TEXT_METRICS) or f"; the metrics are {', '.join(TEXT_METRICS)}")
             for name in generation_metrics
@@ -91,10 +104,13 @@ class Generation(Task):
             faults.append(f"{field}: the model, a {type(self.model).__name__}, has no method `generate`")
         return faults
 
+    def default_metrics(self) -> Sequence[str]:
+        """Perplexity and accuracy."""
+        return ("perplexity", "accuracy")
+
     def make_metrics(self) -> dict[str, Metric]:
-        """Perplexity, accuracy and the metrics of texts."""
-        texts = {name: TEXT_METRICS[name]() for name in self.hparams["generation_metrics"]}
-        return {"perplexity": Perplexity(float("nan")), "accuracy": MeanMetric(), **texts}
+        """Those that were chosen, and the metrics of texts."""
+        return super().make_metrics() | {name: TEXT_METRICS[name]() for name in self.hparams["generation_metrics"]}
 
     @abstractmethod
     def scored(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,8 +137,9 @@ class Generation(Task):
 
     def update(self, metrics: Mapping[str, Any], batch: Batch, outcome: Outcome) -> None:
         """Enter a batch into the metrics, with texts generated for it where there are metrics of them."""
-        metrics["perplexity"].update(outcome.loss, outcome.count)
-        metrics["accuracy"].update(outcome.output / outcome.count.clamp(min=1), outcome.count)
+        tokens = {"perplexity": outcome.loss, "accuracy": outcome.output / outcome.count.clamp(min=1)}
+        for name in tokens.keys() & metrics.keys():
+            metrics[name].update(tokens[name], outcome.count)
         if names := self.hparams["generation_metrics"]:
             prompts, answers = self.prompts(batch)
             made = self.generate(prompts).tolist()

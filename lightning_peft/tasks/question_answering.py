@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.tasks.answers import AnswerScores, best_spans
+from lightning_peft.tasks.metrics import MetricFactory, metric_faults
 from lightning_peft.tasks.task import IGNORED, Batch, Outcome, Task
 
 _NOT_FOR_THE_MODEL = ("start_positions", "end_positions", "example", "offsets")
@@ -34,15 +35,27 @@ class QuestionAnswering(Task):
     """
 
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
+    known_metrics: ClassVar[Mapping[str, MetricFactory]] = {
+        "exact_match": lambda task: AnswerScores(("exact_match",)),
+        "f1": lambda task: AnswerScores(("f1",)),
+    }
 
     def __init__(self, model: str | torch.nn.Module, max_answer_tokens: int = 30, **options: Any) -> None:
-        super().__init__(model, **options)
+        faults = metric_faults(options.get("metrics"), self.known_metrics, self.takes_other_metrics)
         if max_answer_tokens < 1:
-            raise PEFTError(f"max_answer_tokens: {max_answer_tokens} is less than 1")
+            faults.append(f"max_answer_tokens: {max_answer_tokens} is less than 1")
+        if faults:
+            raise PEFTError(faults)
+        super().__init__(model, **options)
+
+    def default_metrics(self) -> Sequence[str]:
+        """SQuAD's exact match and F1."""
+        return tuple(self.known_metrics)
 
     def make_metrics(self) -> dict[str, Metric]:
-        """SQuAD's exact match and F1."""
-        return {"answers": AnswerScores()}
+        """One metric for both, since each would keep and gather the same windows."""
+        names = tuple(super().make_metrics())
+        return {"answers": AnswerScores(names)} if names else {}
 
     def outcome(self, batch: Batch) -> Outcome:
         """The mean of both ends' cross-entropies over the windows that count, and both logits in float32."""
@@ -54,7 +67,7 @@ class QuestionAnswering(Task):
 
     def update(self, metrics: Mapping[str, Any], batch: Batch, outcome: Outcome) -> None:
         """Enter a batch into the metrics."""
-        if "example" not in batch:
+        if "example" not in batch or not metrics:
             return
         split = "test" if self.trainer.testing else "validation"
         spans = best_spans(outcome.output, batch["offsets"], self.hparams["max_answer_tokens"])

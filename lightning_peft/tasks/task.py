@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,8 +13,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torchmetrics import MeanMetric, Metric
 
+from lightning_peft.methods.errors import PEFTError
+from lightning_peft.tasks.metrics import MetricFactory, metric_faults, metric_name, split_values
 from lightning_peft.tasks.pretrained import check_length, load_pretrained
 from lightning_peft.tasks.schedules import configure
+from lightning_peft.tracking.matrices import show_matrix
 
 IGNORED = -100
 """The label of what is left out of losses and metrics, as in torch's cross-entropy and transformers' collators."""
@@ -33,7 +36,10 @@ class Outcome:
 class Task(L.LightningModule, ABC):
     """A LightningModule around a model of transformers, or any other module that answers in the same way.
 
-    It logs `train_loss`, and `val_loss` or `test_loss` with the task's own metrics, over the rows of all devices.
+    It logs `train_loss`, and `val_loss` or `test_loss` with the metrics that were chosen, over the rows of all devices.
+    A task says in `known_metrics` which ones can be named, in `default_metrics` which ones it logs unless told, and in
+    `update` what they are given. Where a metric has a number for each class it is logged as `val_<metric>_<class>`; a
+    matrix is shown by `show_matrix`.
 
     Args:
         model: a hub id, a folder, `package:NAME/folder` in an installed Python package, or a module.
@@ -44,13 +50,21 @@ class Task(L.LightningModule, ABC):
         lr_scheduler: another schedule, stepped once an epoch.
         model_options: passed on to `from_pretrained`, such as `{revision: main, attn_implementation: eager}`.
         trust_remote_code: lets a model on the hub run the code that it comes with.
+        metrics: what is logged beside the loss: names that the task knows and, where it can enter a batch into any,
+            objects of torchmetrics, in YAML `{class_path: …, init_args: {…}}`; by default the task's own choice.
 
     Raises:
-        PEFTError: by `configure_model`, there is no such model, or the data does not fit it.
+        PEFTError: by the constructor, the task doesn't know a metric; by `configure_model`, there is no such model, or
+            the data or a metric does not fit it.
     """
 
     auto_class: ClassVar[str]
     """The class of transformers that loads the model."""
+    known_metrics: ClassVar[Mapping[str, MetricFactory]] = {}
+    """What makes a metric, by the name under which it is chosen and logged; called with the task by `configure_model`,
+    when `model_arguments` has filled the hyper-parameters in."""
+    takes_other_metrics: ClassVar[bool] = False
+    """Whether `update` gives each metric the same, so that one of any class can be among them."""
 
     def __init__(
         self,
@@ -62,11 +76,17 @@ class Task(L.LightningModule, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
         model_options: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
+        metrics: Sequence[str | Metric] | None = None,
     ) -> None:
         super().__init__()
+        if faults := metric_faults(metrics, self.known_metrics, self.takes_other_metrics):
+            raise PEFTError(faults)
         # functions and modules have no place in a checkpoint
         given = ["model"] if isinstance(model, torch.nn.Module) else []
+        given += ["metrics"] if any(isinstance(metric, Metric) for metric in metrics or ()) else []
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", *given])
+        # not among the modules: each stage has copies
+        self._asked = None if metrics is None else tuple(metrics)
         self.model: Any = model if isinstance(model, torch.nn.Module) else None
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.metrics: Any = None
@@ -93,8 +113,26 @@ class Task(L.LightningModule, ABC):
         return {}
 
     @abstractmethod
+    def default_metrics(self) -> Sequence[str]:
+        """The names in `known_metrics` of what is logged where nothing is asked for; asked once the data is known."""
+
     def make_metrics(self) -> dict[str, Metric]:
-        """The metrics of one stage by name, beside the loss; each is logged when an epoch ends."""
+        """The metrics of one stage by name, beside the loss; each is logged when an epoch ends.
+
+        Raises:
+            PEFTError: one that can't be computed with this model and data.
+        """
+        made, faults = {}, []
+        for metric in self.default_metrics() if self._asked is None else self._asked:
+            try:
+                made[metric_name(metric)] = (
+                    metric.clone() if isinstance(metric, Metric) else self.known_metrics[metric](self)
+                )
+            except ValueError as error:
+                faults.append(f"metrics: {metric}: {error}")
+        if faults:
+            raise PEFTError(faults)
+        return made
 
     @abstractmethod
     def outcome(self, batch: Batch) -> Outcome:
@@ -102,7 +140,7 @@ class Task(L.LightningModule, ABC):
 
     @abstractmethod
     def update(self, metrics: Mapping[str, Any], batch: Batch, outcome: Outcome) -> None:
-        """Enter a batch into the metrics of one stage."""
+        """Enter a batch into the metrics of one stage, which are those of `make_metrics`."""
 
     def forward(self, **inputs: torch.Tensor) -> Any:
         """The model's own output."""
@@ -136,14 +174,29 @@ class Task(L.LightningModule, ABC):
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         outcome = self.outcome(batch)
+        loss, chosen = self.metrics[stage]["loss"], dict(self.metrics[stage])
         # a metric, since Lightning's mean over devices rounds their rows down to integers; it lets NaN be seen
-        self.metrics[stage]["loss"].update(outcome.loss, outcome.count)
-        self.update(self.metrics[stage], batch, outcome)
+        loss.update(outcome.loss, outcome.count)
+        del chosen["loss"]
+        self.update(chosen, batch, outcome)
 
     def _log_metrics(self, stage: str) -> None:
-        for name, metric in self.metrics[stage].items():
-            if metric.update_called:
-                values = value if isinstance(value := metric.compute(), dict) else {name: value}
-                self.log_dict({f"{stage}_{key}": number for key, number in values.items()}, prog_bar=True)
+        values: dict[str, torch.Tensor] = {}
+        for name, metric in self._updated(self.metrics[stage]):
+            value = metric.compute()
+            values |= value if isinstance(value, dict) else {name: value}
+        for metric in self.metrics[stage].values():
             with torch.inference_mode(False):  # a later `fit` could not update a state that `validate` made in it
                 metric.reset()
+        numbers, matrices = split_values(values, self.hparams.get("label_names"))
+        for name, number in numbers.items():
+            self.log(f"{stage}_{name}", number, prog_bar=name in values)
+        for name, matrix in matrices.items():
+            show_matrix(self.trainer, f"{stage}_{name}", matrix, self.hparams.get("label_names"))
+
+    def _updated(self, metrics: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """Those that a batch was entered into on any device: all have to compute the same ones, as they wait for each
+        other."""
+        updated = torch.tensor([float(metric.update_called) for metric in metrics.values()], device=self.device)
+        anywhere: Any = self.trainer.strategy.reduce(updated, reduce_op="sum")
+        return [item for item, count in zip(metrics.items(), anywhere.tolist(), strict=True) if count]

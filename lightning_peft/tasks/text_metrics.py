@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.functional.text import rouge_score
-from torchmetrics.text import CHRFScore, SacreBLEUScore
+from torchmetrics.functional.text import rouge_score, squad
+from torchmetrics.text import CharErrorRate, CHRFScore, SacreBLEUScore, WordErrorRate
 
 
 class Perplexity(MeanMetric):
@@ -17,6 +18,22 @@ class Perplexity(MeanMetric):
     def compute(self) -> torch.Tensor:
         """The perplexity over all devices, a scalar."""
         return super().compute().exp()
+
+
+class WordErrors(WordErrorRate):
+    """The words to put in, take out or exchange, as a part of the references' words; it may be more than 1."""
+
+    def update(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        """Enter texts with one reference each."""
+        super().update(list(texts), [reference for (reference,) in references])
+
+
+class CharacterErrors(CharErrorRate):
+    """The same in characters."""
+
+    def update(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        """Enter texts with one reference each."""
+        super().update(list(texts), [reference for (reference,) in references])
 
 
 class RowMean(Metric):
@@ -50,6 +67,12 @@ def exact_match(text: str, reference: str) -> float:
     return float(text.strip() == reference.strip())
 
 
+def token_f1(text: str, reference: str) -> float:
+    """SQuAD's F1 of the words that both have in common, from 0 to 1; case, punctuation and articles don't count."""
+    truth: Any = {"id": "0", "answers": {"text": [reference], "answer_start": [0]}}
+    return float(squad({"id": "0", "prediction_text": text}, truth)["f1"]) / 100
+
+
 def rouge(kind: str, text: str, reference: str) -> float:
     """The f-measure of `rouge1`, `rouge2` or `rougeL`."""
     return float(rouge_score(text, reference, rouge_keys=kind)[f"{kind}_fmeasure"])
@@ -61,5 +84,7 @@ TEXT_METRICS: dict[str, Callable[[], Metric]] = {
     # row by row, since ROUGEScore keeps rows in lists: devices with differing numbers of rows would wait for each other
     **{kind: partial(RowMean, partial(rouge, kind)) for kind in ("rouge1", "rouge2", "rougeL")},
     "exact_match": partial(RowMean, exact_match),
+    "token_f1": partial(RowMean, token_f1),
+    "wer": WordErrors,
 }
 """What makes a metric of texts, by the name under which it is logged."""

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import math
+import string
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics import Metric
 from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
@@ -37,6 +41,30 @@ class Echo(torch.nn.Module):
         return torch.cat([input_ids, input_ids[:, -1:], attention_mask.sum(dim=1, keepdim=True)], dim=1)
 
 
+def words(text: str) -> list[str]:
+    """As SQuAD's evaluation has them."""
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return [word for word in kept.split() if word not in ("a", "an", "the")]
+
+
+def overlap(one: list[str], other: list[str]) -> float:
+    """The F1 of the words that both have."""
+    if not one or not other:
+        return float(one == other)
+    return 2 * (Counter(one) & Counter(other)).total() / (len(one) + len(other))
+
+
+def distance(one: Sequence[str], other: Sequence[str]) -> int:
+    """What to put in, take out or exchange, by trying all three at each place."""
+    if not one or not other:
+        return len(one) + len(other)
+    return min(
+        distance(one[1:], other) + 1,
+        distance(one, other[1:]) + 1,
+        distance(one[1:], other[1:]) + (one[0] != other[0]),
+    )
+
+
 def by_hand(texts: list[str], references: list[str]) -> dict[str, float]:
     several: list[list[str]] = [[reference] for reference in references]
     found: dict[str, float] = {}
@@ -47,8 +75,13 @@ def by_hand(texts: list[str], references: list[str]) -> dict[str, float]:
     rouge = ROUGEScore(rouge_keys=("rouge1", "rouge2", "rougeL"))
     rouge.update(texts, several)
     found |= {kind: float(rouge.compute()[f"{kind}_fmeasure"]) for kind in ("rouge1", "rouge2", "rougeL")}
-    same = [text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)]
-    return {**found, "exact_match": sum(same) / len(same)}
+    pairs = list(zip(texts, references, strict=True))
+    same = [text.strip() == reference.strip() for text, reference in pairs]
+    shared = [overlap(words(text), words(reference)) for text, reference in pairs]
+    errors = sum(distance(text.split(), reference.split()) for text, reference in pairs)
+    count = sum(len(reference.split()) for reference in references)
+    more = {"exact_match": sum(same) / len(same), "token_f1": sum(shared) / len(shared), "wer": errors / count}
+    return {**found, **more}
 
 
 def test_metrics_are_those_of_torchmetrics_in_batches_of_any_size() -> None:
@@ -60,6 +93,29 @@ def test_metrics_are_those_of_torchmetrics_in_batches_of_any_size() -> None:
         for rows in (slice(0, 2), slice(2, 2), slice(2, 5)):
             metric.update(TEXTS[rows], [[reference] for reference in REFERENCES[rows]])
         assert float(metric.compute()) == pytest.approx(expected[name], rel=1e-6), name
+
+
+sentences = st.lists(st.sampled_from(["a", "b", "The", "c."]), max_size=4).map(" ".join)
+
+
+@settings(deadline=None)
+@given(batches=st.lists(st.lists(st.tuples(sentences, sentences), max_size=3), min_size=1, max_size=3))
+def test_word_errors_and_token_f1_of_any_batches_equal_those_of_brute_force(
+    batches: list[list[tuple[str, str]]],
+) -> None:
+    wer, f1 = TEXT_METRICS["wer"](), TEXT_METRICS["token_f1"]()
+    for batch in batches:
+        for metric in (wer, f1):
+            metric.update([text for text, _ in batch], [[reference] for _, reference in batch])
+    pairs = [pair for batch in batches for pair in batch]
+    count = sum(len(reference.split()) for _, reference in pairs)
+    errors = sum(distance(text.split(), reference.split()) for text, reference in pairs)
+    if count:
+        assert float(wer.compute()) == pytest.approx(errors / count)
+    if pairs:
+        assert float(f1.compute()) == pytest.approx(sum(overlap(words(a), words(b)) for a, b in pairs) / len(pairs))
+    else:
+        assert math.isnan(float(f1.compute()))
 
 
 @pytest.mark.parametrize(("task", "kind", "decoder"), [(CausalLM, "GPT2", True), (Seq2Seq, "Bart", False)])
@@ -75,21 +131,6 @@ def test_texts_of_evaluation_rows_are_measured(task: Any, kind: str, decoder: bo
     expected = by_hand(texts, [answer for _, answer in PAIRS])
     assert {name: found[f"test_{name}"] for name in TEXT_METRICS} == pytest.approx(expected, rel=1e-5)
     assert trainer(tmp_path).predict(module, data) == [texts[:4], texts[4:]]
-
-
-@pytest.mark.xdist_group("devices")
-@pytest.mark.slow
-def test_two_devices_log_what_one_does(tmp_path: Path) -> None:
-    """Seven rows and one without labels, so that the devices have other numbers of texts."""
-    module = CausalLM(
-        build("Llama", initializer_range=0.5), generation={"max_new_tokens": 3}, generation_metrics=list(TEXT_METRICS)
-    )
-    found = []
-    for devices in ({"devices": 1}, {"devices": 2, "strategy": "ddp_spawn"}):
-        data = Pairs(decoder=True, unlabelled=1, batch_size=2)
-        found.append(trainer(tmp_path, **devices).test(module, data, verbose=False)[0])
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
-    assert found[0]["test_chrf"] > 0
 
 
 def test_prompts_are_padded_on_the_left_however_rows_are() -> None:
@@ -134,10 +175,18 @@ def test_row_without_a_prompt_is_refused() -> None:
 
 def test_unknown_names_are_refused_by_the_constructor_all_at_once() -> None:
     with pytest.raises(PEFTError) as caught:
-        CausalLM("model", generation={"num_beam": 2, "max_new_tokens": 0}, generation_metrics=["rogue1", "xyz"])
+        CausalLM(
+            "model",
+            metrics=["perplexty", "bleu"],
+            generation={"num_beam": 2, "max_new_tokens": 0},
+            generation_metrics=["rogue1", "xyz"],
+        )
     assert caught.value.faults == (
+        "metrics: 'bleu' is of generated texts; name it in generation_metrics",
+        "metrics: there is no 'perplexty'; did you mean 'perplexity'?",
         "generation_metrics: there is no 'rogue1'; did you mean 'rouge1' or 'rougeL' or 'rouge2'?",
-        "generation_metrics: there is no 'xyz'; the metrics are bleu, chrf, rouge1, rouge2, rougeL, exact_match",
+        "generation_metrics: there is no 'xyz'; the metrics are bleu, chrf, rouge1, rouge2, rougeL, exact_match, "
+        "token_f1, wer",
         "generation: `generate` has no option 'num_beam'; did you mean 'num_beams' or 'num_beam_groups'?",
         "generation: `max_new_tokens` must be greater than 0, but is 0.",
     )

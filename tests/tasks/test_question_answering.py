@@ -131,24 +131,6 @@ def test_metrics_equal_those_found_by_hand(
     assert found == {f"test_{name}": pytest.approx(value, rel=1e-5) for name, value in expected.items()}
 
 
-@pytest.mark.xdist_group("devices")
-@pytest.mark.slow
-def test_two_devices_log_what_one_does(tmp_path: Path, tiny_bert: str) -> None:
-    """The windows of a question are on both devices, and their number is odd."""
-    path = written(tmp_path / "a.jsonl", 21, 21, 0.3)
-    module = QuestionAnswering(Pointer())
-    tables, found = [], []
-    for devices in ({"devices": 1}, {"devices": 2, "strategy": "ddp_spawn"}):
-        data = QuestionAnsweringData(
-            path, test_path=path, tokenizer=tiny_bert, max_length=12, stride=3, batch_size=4, validation_fraction=0
-        )
-        found.append(trainer(tmp_path, **devices).test(module, data, verbose=False)[0])
-        tables.append(data)
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
-    assert sorted(found[0]) == ["test_exact_match", "test_f1", "test_loss"]
-    assert len(tables[0]._encoded["test"]) % 2 == 1
-
-
 def test_loss_is_transformers_own_and_does_not_depend_on_padding(tiny_bert: str, tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", 4, 6)
     data = QuestionAnsweringData(path, validation_path=path, tokenizer=tiny_bert, batch_size=1)

@@ -77,6 +77,7 @@ def test_fit_lowers_the_loss_and_load_from_checkpoint_gives_the_model_back(
         "warmup_ratio": 0.06,
         "model_options": None,
         "trust_remote_code": False,
+        "metrics": None,
     }
     assert again.model.config.id2label == {0: "bad", 1: "fine", 2: "good"}
     probabilities = torch.cat(loops.predict(module, rows))  # type: ignore[arg-type]
@@ -126,21 +127,6 @@ def test_metrics_are_over_all_rows_and_leave_ignored_ones_out(tmp_path: Path) ->
         "test_accuracy": pytest.approx(float((logits.argmax(1) == truth).float().mean()), rel=1e-6),
         "test_macro_f1": pytest.approx(float(multiclass_f1_score(logits, truth, 3)), rel=1e-6),
     }
-
-
-@pytest.mark.xdist_group("devices")
-@pytest.mark.slow
-def test_two_devices_log_what_one_does(tiny_bert: str, reviews: str, tmp_path: Path) -> None:
-    """41 rows: the sampler would count one of them twice."""
-    lines = Path(reviews).read_text().splitlines(keepends=True)
-    (tmp_path / "odd.jsonl").write_text("".join(lines[:41]))
-    module = SequenceClassification(Bag())
-    found = []
-    for devices in ({"devices": 1}, {"devices": 2, "strategy": "ddp_spawn"}):
-        rows = data(reviews, tiny_bert, test_path=str(tmp_path / "odd.jsonl"), batch_size=4)
-        found.append(trainer(tmp_path, **devices).test(module, rows, verbose=False)[0])
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
-    assert found[0]["test_majority"] == pytest.approx(21 / 41)
 
 
 def test_number_of_classes_is_checked(tiny_bert: str, reviews: str, tmp_path: Path) -> None:
