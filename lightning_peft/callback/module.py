@@ -47,6 +47,7 @@ from lightning_peft.state import (
 )
 from lightning_peft.strategies import PEFTFSDPStrategy
 from lightning_peft.strategies.agreement import agree_on_configuration, everyones, faults_told
+from lightning_peft.strategies.tensor_parallel import check_split
 
 NOTICE = (
     "lightning_peft: this checkpoint holds adapters alone; load it with lightning_peft.load_from_checkpoint(MyModule, "
@@ -120,12 +121,16 @@ class AdaptedModule(Swapped, LightningModule):
                 self, "strategy", "an earlier run sharded it: go on with 'peft_fsdp', or build the module anew"
             )
         if plan.spec is None:
-            refuse_sharded(
-                self,
-                "PEFT",
-                "adapters have to be attached before: leave fully_shard and parallelize_module out of the module's "
-                "code, and give the Trainer strategy='peft_fsdp'",
-            )
+            if isinstance(strategy, PEFTFSDPStrategy) and strategy.split_over > 1:
+                loads = plan.base.quantization is not None or plan.base.weights is not None
+                check_split(self, strategy.device_mesh, loads=loads)
+            else:
+                refuse_sharded(
+                    self,
+                    "PEFT",
+                    "adapters have to be attached before: leave fully_shard out of the module's code, and give the "
+                    "Trainer strategy='peft_fsdp'; for parallelize_module, PEFTFSDPStrategy(tensor_parallel_size=…)",
+                )
             plan.base.prepare(self, plan.method, plan.modules_to_save)
             stored = base_quantization(self)
             if stored and self._trainer is not None:

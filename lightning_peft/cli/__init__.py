@@ -17,15 +17,18 @@ RUNS = {
 """The verbs that take a configuration, with a line each."""
 INTERCHANGE = {
     "export": "write a checkpoint's adapter as a directory that HF peft loads",
-    "import": "make a checkpoint of an adapter in HF peft's format",
+    "import": "make a checkpoint of an adapter in HF peft's format, or fetch one from W&B: wandb://…",
     "merge": "write a model of its own, the adapter folded into its weights",
     "push": "upload an exported adapter or a merged model to the hub",
 }
 """The verbs between checkpoints and the formats of others."""
+PLAN = {"plan": "say what memory a run takes, per method and quantization, and what fits a GPU; trains nothing"}
+COMPARE = {"compare": "run several methods on the same data and budget: a table, and a page with plots"}
 LISTS = {
     "methods": "list the methods with their fields and defaults; 'methods LoRA' says all about one",
     "env": "show versions, devices, cores and memory",
 }
+VERBS = {**RUNS, **PLAN, **COMPARE, **LISTS, **INTERCHANGE}
 FAILED, INTERRUPTED = 2, 130
 
 
@@ -64,6 +67,14 @@ def _run(words: list[str]) -> int:
         from lightning_peft.cli.env import show_environment
 
         return show_environment(rest)
+    if verb in PLAN:
+        from lightning_peft.cli.plan import run_plan
+
+        return run_plan(rest)
+    if verb in COMPARE:
+        from lightning_peft.cli.compare import run_compare
+
+        return run_compare(rest)
     if verb in INTERCHANGE:
         from lightning_peft.cli.interchange import run_interchange
 
@@ -71,15 +82,14 @@ def _run(words: list[str]) -> int:
     if verb not in RUNS and not (verb.startswith("-") and set(rest) & set(RUNS)):
         from lightning_peft.methods.errors import PEFTError, suggestion
 
-        verbs = [*RUNS, *LISTS, *INTERCHANGE]
-        raise PEFTError(f"there is no verb {verb!r}{suggestion(verb, verbs)} The verbs: {', '.join(verbs)}")
+        raise PEFTError(f"there is no verb {verb!r}{suggestion(verb, VERBS)} The verbs: {', '.join(VERBS)}")
     from lightning_peft.cli.app import run
 
     return run(words)
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {verb:<10}{line}" for verb, line in {**RUNS, **LISTS, **INTERCHANGE}.items())
+    verbs = "\n".join(f"  {verb:<10}{line}" for verb, line in VERBS.items())
     return f"""\
 Parameter-efficient fine-tuning of any LightningModule.
 

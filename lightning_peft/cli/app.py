@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
     instantiate_class,
 )
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 # named by their class alone in a configuration, which takes that they are imported
@@ -36,7 +38,9 @@ from lightning_peft.cli.reporting import Interrupted
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import read_checkpoint
-from lightning_peft.tracking import PredictionFile
+from lightning_peft.tracking import AdapterMonitor, PredictionFile
+from lightning_peft.tracking.monitor.guard import Guard
+from lightning_peft.tracking.weights_and_biases.runs import log_configuration, own_run, start_runs
 
 
 def run(words: list[str]) -> int:
@@ -47,7 +51,8 @@ def run(words: list[str]) -> int:
         Interrupted: the user stopped it.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    PEFTCLI(words)
+    with own_run():
+        PEFTCLI(words)
     return 0
 
 
@@ -67,13 +72,24 @@ def build_model(words: list[str], known: Mapping[str, Any]) -> pl.LightningModul
 
 
 class KeepConfigCallback(SaveConfigCallback):
-    """Writes the run's configuration, as `config.1.yaml` and so on where the folder has another `config.yaml`."""
+    """Writes the run's configuration, as `config.1.yaml` and so on where the folder has another `config.yaml`; to W&B
+    and others it goes as `config`, as the module's hyper-parameters stand beside it there."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write it, once."""
         if not self.already_saved and trainer.log_dir is not None:
             self.config_filename = self._free_name(Path(trainer.log_dir) / self.config_filename)
         super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give it to the loggers that have no folder of their own with it, on the first rank; one that fails goes
+        without."""
+        guard = Guard("the configuration")
+        for logger in trainer.loggers:
+            if not isinstance(logger, (CSVLogger, TensorBoardLogger)):
+                with guard.trying(f"logging to {type(logger).__name__}"):
+                    config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
+                    log_configuration(logger, {"config": config})
 
     def _free_name(self, path: Path) -> str:
         content = self.parser.dump(self.config, skip_none=False)
@@ -204,6 +220,10 @@ class PEFTCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         on_interrupt = signal.getsignal(signal.SIGINT)
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if subcommand != "inspect":
+            strict = any(isinstance(callback, AdapterMonitor) and callback.strict for callback in callbacks)
+            start_runs(self.trainer, strict)
         try:
             super()._run_subcommand(subcommand)
         except SystemExit:

@@ -109,6 +109,15 @@ def classes_in(hint: Any) -> list[type]:
     return [] if inspect.getmodule(kind) is collections.abc or kind.__module__.startswith("collections") else [kind]
 
 
+def held_by(hint: Any) -> Any:
+    """The hint of what a list holds that is a value of type `hint`; `hint` itself where it names no collection."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        parts = [part for part in args if _is_collection(typing.get_origin(part))]
+        return Union[tuple(map(held_by, parts))] if parts else hint  # noqa: UP007
+    return Union[args] if args and _is_collection(origin) else hint  # noqa: UP007
+
+
 def is_callable(hint: Any) -> bool:
     """Whether `hint` asks for something to call, such as an optimizer yet to be given its parameters."""
     return any(typing.get_origin(part) is collections.abc.Callable for part in _parts(hint))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
 from rich.table import Table
 
 from lightning_peft.methods.errors import PEFTError
+from lightning_peft.state.versions import installed
 from lightning_peft.tracking.tables import format_bytes
 
 PACKAGES = (
@@ -30,7 +30,7 @@ def show_environment(words: Sequence[str]) -> int:
     import torch
 
     rows = {"python": platform.python_version(), "platform": platform.platform()}
-    rows |= {package: _version(package) for package in PACKAGES}
+    rows |= {package: installed(package) for package in PACKAGES}
     rows["cores"] = f"{_cores()} usable of {os.cpu_count()}, torch uses {torch.get_num_threads()} threads"
     rows["memory"] = _memory()
     for index in range(torch.cuda.device_count()):
@@ -48,13 +48,6 @@ def show_environment(words: Sequence[str]) -> int:
         table.add_row(name, value)
     Console().print(table, markup=False)
     return 0
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _cores() -> int:

@@ -20,6 +20,7 @@ from lightning_peft.cli.classes import (
     Parameter,
     classes_in,
     find_class,
+    held_by,
     is_callable,
     parameters,
     takes_text,
@@ -138,10 +139,11 @@ def _value_faults(name: Name, path: str, value: Any, parameter: Parameter) -> li
     if value is None or not bases:
         return _type_faults(name, path, value, parameter)
     if isinstance(value, list):
+        held = Parameter(held_by(parameter.hint), False)
         return [
             fault
             for index, item in enumerate(value)
-            for fault in _value_faults(item if isinstance(item, Name) else name, f"{path}[{index}]", item, parameter)
+            for fault in _value_faults(item if isinstance(item, Name) else name, f"{path}[{index}]", item, held)
         ]
     # an optimizer gets its parameters, and a scheduler its optimizer, later on
     require = not is_callable(parameter.hint) and not issubclass(bases[0], (Optimizer, LRScheduler))
@@ -197,15 +199,25 @@ def _refusal(cls: type | None, arguments: dict[str, Any]) -> list[str]:
         return _base_faults("PEFT", arguments)
     if cls is None or not issubclass(cls, own) or not cls.__module__.startswith("lightning_peft."):
         return []
-    if any(isinstance(value, Mapping) and "class_path" in value for value in arguments.values()):
+    if any(_is_spec(value) for value in arguments.values()):
         return []
     try:
-        cls(**arguments)
+        cls(**{name: _judged(value) for name, value in arguments.items()})
     except PEFTError as error:
         return list(error.faults)
     except (TypeError, ValueError):
         pass  # values that the parser has yet to convert, or has refused
     return []
+
+
+def _judged(value: Any) -> Any:
+    """`value`; of a list that holds names and objects, which are not made yet, the names."""
+    names = [item for item in value if not _is_spec(item)] if isinstance(value, list) else []
+    return names or value
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, Mapping) and "class_path" in value
 
 
 def _base_faults(path: str, arguments: Mapping[str, Any]) -> list[str]:

@@ -178,6 +178,12 @@ def _import(request: Request) -> None:
     if request.model and "--base" in request.options:
         raise PEFTError("import: --base is for the base that SOURCE names; beside --config, say --model.model")
 
+    from lightning_peft.interchange.wandb_artifacts import is_address
+
+    if is_address(source):
+        _import_artifact(source, target, request)
+        return
+
     from lightning_peft.callback.module import Plan, adapt
     from lightning_peft.cli.app import build_model
     from lightning_peft.cli.modules import options_for, write_fresh_checkpoint
@@ -193,8 +199,23 @@ def _import(request: Request) -> None:
     adapt(module, Plan(record.method, name, list(record.modules_to_save)))
     module.configure_model()
     write_fresh_checkpoint(module, target)
-    _print_files(target)
-    print(f"Use it    --ckpt_path {target}, with this section in the configuration:\n\n{_section(record)}")
+    _print_imported(target, record.method, list(record.modules_to_save))
+
+
+def _import_artifact(source: str, target: Path, request: Request) -> None:
+    from lightning_peft.interchange.wandb_artifacts import fetch_checkpoint
+    from lightning_peft.state import method_of, read_checkpoint, spec_of
+
+    if request.model or "--base" in request.options:
+        raise PEFTError(f"import: {source} is a checkpoint already; leave --config, --model and --base to its use")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
+        file = fetch_checkpoint(source, Path(name))
+        spec = spec_of(read_checkpoint(file, "meta"), source)
+        method = method_of(spec)
+        file.replace(target)
+    more = {field: spec[field] for field in ("quantization", "base_dtype") if spec.get(field)}
+    _print_imported(target, method, list(spec["modules_to_save"]), more)
 
 
 def _push(request: Request) -> None:
@@ -205,16 +226,19 @@ def _push(request: Request) -> None:
     print(f"Uploaded  {len(uploaded_files(Path(folder)))} files to {address}")
 
 
-def _section(record: Any) -> str:
+def _print_imported(target: Path, method: Any, saved: list[str], more: dict[str, Any] | None = None) -> None:
     import yaml
 
     from lightning_peft.interchange.card import changed_fields
 
-    method: dict[str, Any] = {"class_path": type(record.method).__name__}
-    if fields := changed_fields(record.method):
-        method["init_args"] = fields
-    saved = {"modules_to_save": list(record.modules_to_save)} if record.modules_to_save else {}
-    return yaml.safe_dump({"peft": {"method": method, **saved}}, sort_keys=False).rstrip()
+    section: dict[str, Any] = {"method": {"class_path": type(method).__name__}}
+    if fields := changed_fields(method):
+        section["method"]["init_args"] = fields
+    if saved:
+        section["modules_to_save"] = saved
+    text = yaml.safe_dump({"peft": {**section, **(more or {})}}, sort_keys=False).rstrip()
+    _print_files(target)
+    print(f"Use it    --ckpt_path {target}, with this section in the configuration:\n\n{text}")
 
 
 def _dtype(name: str | None) -> Any:

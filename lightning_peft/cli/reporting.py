@@ -9,7 +9,14 @@ from collections.abc import Callable
 from lightning_peft.cli import FAILED, INTERRUPTED
 from lightning_peft.methods.errors import PEFTError
 
-EXTRAS = {"bitsandbytes": "quantization", "datasets": "data", "pyarrow": "data", "wandb": "wandb"}
+EXTRAS = {
+    "bitsandbytes": "quantization",
+    "datasets": "data",
+    "faster_coco_eval": "vision",
+    "plotly": "compare",
+    "pyarrow": "data",
+    "wandb": "wandb",
+}
 """The extra of this package that installs a module."""
 
 

@@ -1,5 +1,7 @@
 """What a run reports."""
 
+from lightning_peft.tracking.cost.meter import Cost, CostMeter
+from lightning_peft.tracking.monitor.callback import AdapterMonitor
 from lightning_peft.tracking.predictions import PredictionFile
 from lightning_peft.tracking.tables import (
     count,
@@ -11,6 +13,9 @@ from lightning_peft.tracking.tables import (
 )
 
 __all__ = [
+    "AdapterMonitor",
+    "Cost",
+    "CostMeter",
     "PredictionFile",
     "count",
     "module_table",

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -71,7 +72,7 @@ class PredictionFile(BasePredictionWriter):
     ) -> None:
         """Writes a batch's rows."""
         assert self._open is not None
-        values = _rows(prediction)
+        values = rows_of(prediction)
         if not batch_indices:
             if trainer.world_size > 1:
                 raise PEFTError(
@@ -88,7 +89,7 @@ class PredictionFile(BasePredictionWriter):
         for row, value in zip(batch_indices, values, strict=True):
             place = {"dataloader": dataloader_idx, "row": row} if several else {"row": row}
             content = value if isinstance(value, Mapping) else {"prediction": value}
-            self._open.write(json.dumps({**place, **_plain(content), **place}, ensure_ascii=False) + "\n")
+            self._open.write(json.dumps({**place, **plain(content), **place}, ensure_ascii=False) + "\n")
         self._open.flush()
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -120,7 +121,10 @@ def _merge(whole: Path, parts: list[Path]) -> None:
     """Each part is in order, so that only a line of each is in memory."""
     with ExitStack() as stack:
         files: list[Iterator[str]] = [stack.enter_context(part.open(encoding="utf-8")) for part in parts]
-        stack.enter_context(whole.open("w", encoding="utf-8")).writelines(heapq.merge(*files, key=_place))
+        lines = heapq.merge(*files, key=_place)
+        # ranks that computed a batch together have the same rows
+        once = (next(same) for _, same in groupby(lines, key=_place))
+        stack.enter_context(whole.open("w", encoding="utf-8")).writelines(once)
     for part in parts:
         part.unlink()
 
@@ -130,10 +134,17 @@ def _place(line: str) -> tuple[int, int]:
     return content.get("dataloader", 0), content["row"]
 
 
-def _rows(prediction: Any) -> list[Any]:
-    """The prediction of each row of a batch."""
+def rows_of(prediction: Any) -> list[Any]:
+    """The prediction of each row of a batch.
+
+    Args:
+        prediction: what `predict_step` returned.
+
+    Raises:
+        PEFTError: it has no rows.
+    """
     if isinstance(prediction, Mapping):
-        columns = [_rows(column) for column in prediction.values()]
+        columns = [rows_of(column) for column in prediction.values()]
         if len({len(column) for column in columns}) == 1:
             return [dict(zip(prediction, values, strict=True)) for values in zip(*columns, strict=True)]
         kind = "a dict of columns of differing lengths"
@@ -146,16 +157,20 @@ def _rows(prediction: Any) -> list[Any]:
     raise PEFTError(f"predict: predict_step returned {kind}, which has no rows to write; {NEEDED}")
 
 
-def _plain(value: Any) -> Any:
-    """`value` as JSON has it."""
+def plain(value: Any) -> Any:
+    """`value` as JSON has it, numbers with six decimals.
+
+    Raises:
+        PEFTError: it is of a type that JSON can't have.
+    """
     if hasattr(value, "tolist"):  # a tensor, or an array of numpy
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return round(value, DIGITS) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, (str, int)):
         return value
     raise PEFTError(f"predict: predict_step returned a {type(value).__name__}, which can't be written as JSON")

@@ -34,8 +34,8 @@ FIT = ["fit", "--config", "lora.yaml"]
 FAULTS = {
     "no verb": (
         ["fti"],
-        "there is no verb 'fti'; did you mean 'fit'? The verbs: fit, validate, test, predict, inspect, methods, env, "
-        "export, import, merge, push",
+        "there is no verb 'fti'; did you mean 'fit'? The verbs: fit, validate, test, predict, inspect, plan, compare, "
+        "methods, env, export, import, merge, push",
     ),
     "no file": (
         ["fit", "--config", "loar.yaml"],
@@ -99,8 +99,8 @@ FAULTS = {
         "command line: optimizer: there is no Optimizer called 'LBFGSS'; did you mean 'LBFGS'?",
     ),
     "trainer's refusal": (
-        [*FIT, "--trainer.limit_train_batches=-3"],
-        "trainer: You have passed invalid value -3 for limit_train_batches, it has to be in [0.0, 1.0] or an int.",
+        [*FIT, "--trainer.limit_train_batches=-3.5"],
+        "trainer: You have passed invalid value -3.5 for limit_train_batches, it has to be in [0.0, 1.0] or an int.",
     ),
     "checkpoint": (
         ["test", "--config", "lora.yaml", "--ckpt_path=x.ckpt"],
@@ -163,7 +163,7 @@ def test_names_types_and_values_in_one_answer(command: Command, folder: Path) ->
         "  bad.yaml:2: trainer.max_epochs: 'three' is not int or None",
         "  bad.yaml:4: trainer.callbacks[0].init_args.monitr: ModelCheckpoint has no 'monitr'; did you mean 'monitor'?",
         "  bad.yaml:5: trainer.callbacks[1]: there is no Callback called 'LearningRateMonitro'; did you mean "
-        "'LearningRateMonitor' or 'LearningRateFinder' or 'DeviceStatsMonitor'?",
+        "'LearningRateMonitor' or 'LearningRateFinder' or 'AdapterMonitor'?",
         "  bad.yaml:8: LoRA.r: 0 is not a rank; it must be 1 or more",
         "  bad.yaml:8: LoRA.dropout: 2.0 is not a probability below 1; it must be in [0, 1)",
     ]

@@ -19,7 +19,7 @@ def test_help_names_every_verb_with_a_line(command: Command, words: tuple[str, .
     code, out, err = command(*words)
     assert (code, err) == (0, "")
     lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("  ")}
-    assert list(lines)[:7] == ["fit", "validate", "test", "predict", "inspect", "methods", "env"]
+    assert list(lines)[:9] == ["fit", "validate", "test", "predict", "inspect", "plan", "compare", "methods", "env"]
     assert lines["inspect"] == "show what would be trained, module by module, without training"
 
 

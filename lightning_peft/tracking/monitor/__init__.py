@@ -1,0 +1,1 @@
+"""The callback that logs what happens to the adapters, and what it measures."""

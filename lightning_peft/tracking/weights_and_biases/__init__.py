@@ -1,0 +1,1 @@
+"""What goes to Weights & Biases: all that imports wandb."""
