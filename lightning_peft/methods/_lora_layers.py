@@ -168,8 +168,8 @@ class LinearLoRA(LowRank):
 
     def forward(self, base: Base, module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         x, *_ = (*args, *kwargs.values())
-        is_plain = getattr(base, "__func__", None) is nn.Linear.forward and not is_sharded(x)
-        if torch.compiler.is_compiling() or not is_plain:
+        # in this order: torch.compile can't follow the second question
+        if torch.compiler.is_compiling() or getattr(base, "__func__", None) is not nn.Linear.forward or is_sharded(x):
             return super().forward(base, module, *args, **kwargs)
         W, b = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
         A, B = self.factors()

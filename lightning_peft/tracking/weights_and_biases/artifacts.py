@@ -137,11 +137,7 @@ def _told(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "epoch": checkpoint.get("epoch"),
         "global_step": checkpoint.get("global_step"),
         "metrics": spec.get("metrics"),
-        "versions": {
-            "lightning-peft": spec.get("version"),
-            "python": platform.python_version(),
-            **{name: installed(name) for name in PACKAGES},
-        },
+        "versions": _versions(spec),
     }
     return {name: plain(value) for name, value in told.items() if value is not None}
 
