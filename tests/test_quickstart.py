@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from lightning_peft.cli import main
@@ -25,7 +24,6 @@ pytestmark = [
 def test_it_learns_and_its_checkpoint_is_used_as_the_closing_lines_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.set_num_threads(2)
     monkeypatch.chdir(tmp_path)
     short = ["--config", str(CONFIG), "--data.rows_per_library=120", "--trainer.max_epochs=2"]
     assert main(["fit", *short, "--trainer.enable_progress_bar=false"]) == 0
@@ -52,7 +50,6 @@ def test_over_4_bits_it_learns_as_over_16(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    torch.set_num_threads(2)
     monkeypatch.chdir(tmp_path)
     short = ["--config", str(CONFIG), "--data.rows_per_library=80", "--data.max_length=32", "--trainer.max_epochs=1"]
     short += ["--model.learning_rate=3e-3", "--data.batch_size=8"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import shutil
 import struct
@@ -86,9 +87,8 @@ def anonymous(pid: int) -> int:
 @pytest.mark.parametrize("quantization", [None, "nf4-dq"])
 def test_the_peak_is_what_stays_and_one_tensor(quantization: str | None, folder: Path) -> None:
     arguments = [json.dumps(LLAMA), str(folder), json.dumps(quantization)]
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    words, environment = [sys.executable, "-c", CHILD, *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert child.stdin is not None
     assert child.stdout is not None
     with child:
