@@ -244,7 +244,7 @@ def test_a_garbage_expression_is_refused_or_means_what_it_matches(name: str, pat
 @given(name_of_adapter=st.text(max_size=8) | st.sampled_from(["keys", "forward", "a.b", ""]))
 def test_an_adapter_s_name_is_a_key_of_the_state_or_is_refused(name: str, name_of_adapter: str):
     model = stack(layer=nn.Linear(20, 20))
-    if not name_of_adapter or "." in name_of_adapter or hasattr(nn.ModuleDict, name_of_adapter):
+    if not name_of_adapter or "." in name_of_adapter or hasattr(nn.ModuleDict(), name_of_adapter):
         assert faults_of(model, name, target_modules=["layer"], adapter_name=name_of_adapter, **fitting(name)) == [
             f"adapter_name: {name_of_adapter!r} can't be one: it must be without dots, and no attribute of ModuleDict"
         ]

@@ -29,12 +29,12 @@ TWO = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def single(folder: Path) -> dict[str, Tensor]:
     """One epoch on one device, with whose checkpoint the others go on; and a file with a base."""
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def single(folder: Path) -> dict[str, Tensor]:
     return everything(module, fitting)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def found(folder: Path, single: dict[str, Tensor]) -> OfRanks:
     """What each rank found, by the name of the function in sharded.py."""
     return OfRanks(folder, SCRIPT, TWO)
