@@ -9,7 +9,7 @@ from typing import Any
 from lightning_peft.methods.errors import PEFTError, suggestion
 from lightning_peft.state import read_checkpoint, spec_of
 
-FORM, EXAMPLE = "wandb://ENTITY/PROJECT/NAME:ALIAS", "wandb://me/work/adapter-3kq:best"
+FORM, EXAMPLE = "wandb://ENTITY/PROJECT/NAME:ALIAS", "wandb://me/reviews/adapter-3kq:best"
 TYPE = "model"
 """Of which the checkpoints of this package and of WandbLogger are."""
 USUAL = ("adapter.ckpt", "model.ckpt")

@@ -20,7 +20,7 @@ from tests.tracking.wandb_records import offline
 
 wandb = pytest.importorskip("wandb")
 pytestmark = pytest.mark.xdist_group("wandb")  # one run, and one process of wandb, for all of a file
-NAME = "me/work/adapter-1"
+NAME = "me/reviews/adapter-1"
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +80,12 @@ def test_a_checkpoint_comes_back_to_the_byte_and_a_run_goes_on_with_it(
 
 
 def test_lightnings_own_artifacts_come_back_too(served: Server, checkpoint: Path, tmp_path: Path) -> None:
-    served.artifacts["me/work/model-1:v3"] = {"x.ckpt": b"", "model.ckpt": checkpoint.read_bytes(), "note.txt": b"a"}
-    file = fetch_checkpoint("wandb://me/work/model-1:v3", tmp_path / "there")
+    served.artifacts["me/reviews/model-1:v3"] = {"x.ckpt": b"", "model.ckpt": checkpoint.read_bytes(), "note.txt": b"a"}
+    file = fetch_checkpoint("wandb://me/reviews/model-1:v3", tmp_path / "there")
     assert file.read_bytes() == checkpoint.read_bytes()
     assert [path.name for path in file.parent.iterdir()] == ["model.ckpt"]
-    served.artifacts["me/work/other:v0"] = {"deep/epoch=1.ckpt": checkpoint.read_bytes(), "note.txt": b"a"}
-    assert read_checkpoint(fetch_checkpoint("wandb://me/work/other:v0", tmp_path / "there"))["epoch"] == 1
+    served.artifacts["me/reviews/other:v0"] = {"deep/epoch=1.ckpt": checkpoint.read_bytes(), "note.txt": b"a"}
+    assert read_checkpoint(fetch_checkpoint("wandb://me/reviews/other:v0", tmp_path / "there"))["epoch"] == 1
 
 
 def test_a_quantized_bases_section_says_so(served: Server, checkpoint: Path, command: Command, folder: Path) -> None:
@@ -135,8 +135,8 @@ def test_what_the_artifact_holds_is_checked_and_nothing_is_left_behind(
     [
         (f"wandb://{NAME}:bst", "there is no such artifact; did you mean 'best'?"),
         (f"wandb://{NAME}:xyz", "there is no such artifact; adapter-1 has best, latest, v0"),
-        ("wandb://me/work/adapter-2:best", "there is no such artifact; did you mean 'adapter-1'?"),
-        ("wandb://me/work/xyz:best", "there is no such artifact; in me/work there is adapter-1"),
+        ("wandb://me/reviews/adapter-2:best", "there is no such artifact; did you mean 'adapter-1'?"),
+        ("wandb://me/reviews/xyz:best", "there is no such artifact; in me/reviews there is adapter-1"),
         ("wandb://me/wrk/adapter-1:best", "there is no project me/wrk, or it is not shown to you"),
     ],
 )
@@ -152,11 +152,11 @@ def test_an_artifact_that_is_not_there_is_told_with_the_nearest(
 @pytest.mark.parametrize(
     ("address", "hint"),
     [
-        ("wandb://me/work/adapter-1", "for example wandb://me/work/adapter-1:best or wandb://me/work/adapter-1:v0"),
-        ("wandb://adapter-1:best", "for example wandb://me/work/adapter-3kq:best"),
-        ("wandb:me/work/adapter-1:best", "for example wandb://me/work/adapter-3kq:best"),
-        ("wandb://me/work/adapter-1:a:b", "for example wandb://me/work/adapter-3kq:best"),
-        ("wandb://me//adapter-1:best", "for example wandb://me/work/adapter-3kq:best"),
+        ("wandb://me/reviews/adapter-1", "for example wandb://me/reviews/adapter-1:best or wandb://me/reviews/adapter-1:v0"),
+        ("wandb://adapter-1:best", "for example wandb://me/reviews/adapter-3kq:best"),
+        ("wandb:me/reviews/adapter-1:best", "for example wandb://me/reviews/adapter-3kq:best"),
+        ("wandb://me/reviews/adapter-1:a:b", "for example wandb://me/reviews/adapter-3kq:best"),
+        ("wandb://me//adapter-1:best", "for example wandb://me/reviews/adapter-3kq:best"),
     ],
 )
 def test_an_address_of_another_form_is_told_before_anything_is_asked(
