@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_peft.cli.children import ChildInterrupted, last_lines, run_child
 from lightning_peft.cli.compare_plan import Logging, Planned, facts_of, labels_of, metric_of, plan, resolve
-from lightning_peft.cli.reporting import EXTRAS, Interrupted
+from lightning_peft.cli.reporting import EXTRAS, Interrupted, console_for_tables
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.tracking.comparison import (
     Comparison,
@@ -177,11 +177,8 @@ def _run(run: Planned, tick: Callable[[], None]) -> Run:
 def _conclude(comparison: Comparison, out: Path) -> int:
     """Write the results, and print them."""
     write_results(comparison, out)
-    console = Console()
-    # a file or a pipe has no width
-    width = console.width if console.is_terminal else max(console.width, 160)
-    console = Console(width=width)
-    console.print(terminal_table(comparison, width))
+    console = console_for_tables()
+    console.print(terminal_table(comparison, console.width))
     lines = verdict_lines(comparison)
     for run in comparison.failed():
         lines.append(f"Failed: {title_of(run.label)}, seed {run.seed}: {summary_of(comparison.fault(run))}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
-from rich.console import Console
 
 from lightning_peft.callback import PEFT, AdaptedModule
+from lightning_peft.cli.reporting import console_for_tables
 from lightning_peft.state import read_checkpoint
 from lightning_peft.tracking import module_table, quantization_line, summary_line
 
@@ -48,10 +48,7 @@ class InspectingTrainer(pl.Trainer):
         model.configure_model()
         if ckpt_path is not None and isinstance(model, AdaptedModule):
             model.check_checkpoint(read_checkpoint(ckpt_path, "meta", weights_only is not False))
-        console = Console()
-        if not console.is_terminal:
-            # in a file or a pipe, 80 columns would break the modules' names
-            console = Console(width=max(console.width, 160))
+        console = console_for_tables()
         console.print(module_table(model))
         for line in filter(None, (summary_line(model), quantization_line(model))):
             console.print(line, highlight=False, soft_wrap=True)

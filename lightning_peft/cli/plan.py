@@ -9,17 +9,17 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from lightning_peft.callback import PEFT
 from lightning_peft.cli.app import PEFTCLI
+from lightning_peft.cli.reporting import console_for_tables
 from lightning_peft.methods import METHODS
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError, suggestion
@@ -27,6 +27,7 @@ from lightning_peft.planning.building import Setting
 from lightning_peft.planning.choosing import Choice, base_of, bytes_of, cheapest, room, storage_name
 from lightning_peft.planning.estimates import Estimate, Planner
 from lightning_peft.planning.sharing import layouts
+from lightning_peft.tracking.comparison import FULL
 from lightning_peft.tracking.tables import format_bytes
 
 HELP = """\
@@ -40,7 +41,6 @@ Of settings that fit, the cheapest is the first in this order: as configured; th
 the base in 4 bits; sharding by peft_fsdp; offload_activations; cpu_offload.
 
 Every other option is one of `fit`."""
-FULL = "full"
 LOGGERS = (
     *("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"),
     *("transformers", "bitsandbytes"),
@@ -110,9 +110,7 @@ def run_plan(words: Sequence[str]) -> int:
             if size
             else {}
         )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, 160))
+    console = console_for_tables()
     console.print(_table(estimates, size))
     lines = [f"{name}: {fault}" for name, fault in faults.items()]
     lines += dict.fromkeys(f"{_label(each)}: {each.fault}" for each in estimates if each.fault)
@@ -208,7 +206,7 @@ def _settings(own: Setting, methods: str | None, names: Sequence[str]) -> tuple[
             settings.append(Setting(None))
             continue
         of_method = Setting(method, own.base, own.modules_to_save, own.gradient_checkpointing, own.offload_activations)
-        settings += [Setting(**{**vars(of_method), "base": base}) for base in (own.base, *bases)]
+        settings += [replace(of_method, base=base) for base in (own.base, *bases)]
     found: list[Setting] = []
     for setting in settings:
         if setting not in found:

@@ -6,6 +6,8 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable
 
+from rich.console import Console
+
 from lightning_peft.cli import FAILED, INTERRUPTED
 from lightning_peft.methods.errors import PEFTError
 
@@ -18,6 +20,12 @@ EXTRAS = {
     "wandb": "wandb",
 }
 """The extra of this package that installs a module."""
+
+
+def console_for_tables() -> Console:
+    """Standard output; in a file or a pipe, where 80 columns would break names, at least 160 wide."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 160))
 
 
 class Interrupted(KeyboardInterrupt):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lightning_peft.interchange.locations import resolve
 from lightning_peft.methods.errors import PEFTError
+from lightning_peft.state.whole import whole_file
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -118,14 +118,6 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         plain[key] = own.clone() if own.data_ptr() in seen else own
         seen.add(own.data_ptr())
     text = json.dumps(config, indent=2, sort_keys=True)
-    _write_bytes(folder / TENSORS, save(plain, metadata={"format": "pt"}))
-    _write_bytes(folder / CONFIG, text.encode())
-
-
-def _write_bytes(target: Path, content: bytes) -> None:
-    unfinished = target.with_name(f".{target.name}.part")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(target)
+    for name, content in {TENSORS: save(plain, metadata={"format": "pt"}), CONFIG: text.encode()}.items():
+        with whole_file(folder / name) as file:
+            file.write(content)

@@ -13,8 +13,6 @@ from lightning_peft.methods.errors import PEFTError
 from lightning_peft.planning.ledger import ACTIVATIONS, GRADIENTS, WEIGHTS, Bytes
 from lightning_peft.strategies.units import Unit, find_units
 
-STRATEGIES = ("peft_ddp", "peft_fsdp")
-
 
 @dataclass(frozen=True)
 class Layout:

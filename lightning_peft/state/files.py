@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from pathlib import Path
@@ -14,7 +13,8 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_peft.methods.errors import PEFTError
-from lightning_peft.state.folders import put_in_place, read_folder, set_aside
+from lightning_peft.state.folders import read_folder
+from lightning_peft.state.whole import set_aside, whole_file
 
 
 def read_checkpoint(path: _PATH, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
@@ -59,13 +59,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # a name that a later write of the same checkpoint takes again, so that a kill leaves at most one behind
-        unfinished = target.with_name(f".{target.name}.part")
-        with unfinished.open("wb") as file:
+        with whole_file(target) as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        put_in_place(unfinished, target)
 
     def load_checkpoint(
         self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None

@@ -7,7 +7,6 @@ nothing else, so that a folder from elsewhere runs no code; the rest is read wit
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import warnings
@@ -24,6 +23,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+
+from lightning_peft.state.whole import beside, put_in_place, synced
 
 META = "meta.pt"
 INDEX = ".metadata"
@@ -46,11 +47,6 @@ KNOWN = {
 """What an index is made of; checked on torch 2.13."""
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a checkpoint of this form is there."""
-    return (path / META).is_file()
-
-
 def save_folder(checkpoint: dict[str, Any], path: Path, *, together: bool) -> None:
     """Write a checkpoint beside its place and then rename it: at any moment a whole one can be read from `path`.
 
@@ -64,7 +60,7 @@ def save_folder(checkpoint: dict[str, Any], path: Path, *, together: bool) -> No
     """
     together = together and dist.is_available() and dist.is_initialized()
     is_first = not together or dist.get_rank() == 0
-    unfinished = path.with_name(f".{path.name}.part")
+    unfinished = beside(path)
     if is_first:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -78,10 +74,8 @@ def save_folder(checkpoint: dict[str, Any], path: Path, *, together: bool) -> No
     except CheckpointException as error:
         raise OSError(f"{path}: {error}") from error
     if is_first:
-        with (unfinished / META).open("wb") as file:
+        with synced(unfinished / META) as file:
             torch.save(rest, file)
-            file.flush()
-            os.fsync(file.fileno())
         put_in_place(unfinished, path)
     if together:
         dist.barrier()
@@ -111,22 +105,6 @@ def read_folder(path: Path, map_location: Any, weights_only: bool) -> dict[str, 
     if isinstance(map_location, (str, torch.device)):
         tensors = {key: tensor.to(map_location) for key, tensor in tensors.items()}
     return {name: _with(value, tensors) if name in TENSORS else value for name, value in rest.items()}
-
-
-def put_in_place(unfinished: Path, path: Path) -> None:
-    """Let what was written stand at `path`; what is there is put aside until it does, for a kill in between."""
-    aside = set_aside(path)
-    if path.is_dir() or (path.exists() and unfinished.is_dir()):
-        _remove(aside)
-        path.rename(aside)
-    unfinished.replace(path)
-    _remove(aside)
-    _sync(path.parent)
-
-
-def set_aside(path: Path) -> Path:
-    """Where what stood at `path` is while another takes its place."""
-    return path.with_name(f".{path.name}.old")
 
 
 @contextmanager
@@ -183,20 +161,3 @@ def _with(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
         return {name: _with(item, tensors) for name, item in value.items()}
     return [_with(item, tensors) for item in value] if isinstance(value, list) else value
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":
-        return  # folders can't be opened there, and a rename is durable without it
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,28 +56,33 @@ def load_pretrained(auto_class: str, name: str, **options: Any) -> torch.nn.Modu
 
 def _shapes(auto: Any, place: str, options: dict[str, Any]) -> torch.nn.Module:
     """The model on the meta device, in the dtype that its configuration names; nothing else of it is read."""
-    from transformers import AutoConfig
-
-    known = {key: value for key, value in options.items() if key not in NOT_OF_CONFIG}
-    config, _ = AutoConfig.from_pretrained(place, return_unused_kwargs=True, **known)
     given = {key: options[key] for key in ("attn_implementation",) if key in options}
     dtype = options.get("dtype")
     if isinstance(dtype, (str, torch.dtype)) and dtype != "auto":
         given["dtype"] = dtype
+    return _without_memory(auto, _config(place, options), options, **given)
+
+
+def _config(place: str, options: dict[str, Any]) -> Any:
+    """The model's configuration, with what of `options` is one of its fields."""
+    from transformers import AutoConfig
+
+    known = {key: value for key, value in options.items() if key not in NOT_OF_CONFIG}
+    return AutoConfig.from_pretrained(place, return_unused_kwargs=True, **known)[0]
+
+
+def _without_memory(auto: Any, config: Any, options: dict[str, Any], **given: Any) -> torch.nn.Module:
+    """The model of a configuration on the meta device; no random numbers are used up."""
+    trusted = bool(options.get("trust_remote_code"))
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model: torch.nn.Module = auto.from_config(
-            config, trust_remote_code=bool(options.get("trust_remote_code")), **given
-        )
+        model: torch.nn.Module = auto.from_config(config, trust_remote_code=trusted, **given)
     return model
 
 
 def _stored_as(policy: LoadingPolicy, auto: Any, name: str, place: str, options: dict[str, Any]) -> dict[str, Any]:
     """`options` with what the policy asks of `from_pretrained`; only the model's configuration is read."""
-    from transformers import AutoConfig
-
     wanted, given = policy.quantization, options.get("quantization_config")
-    known = {key: value for key, value in options.items() if key not in NOT_OF_CONFIG}
-    config, _ = AutoConfig.from_pretrained(place, return_unused_kwargs=True, **known)
+    config = _config(place, options)
     own = getattr(config, "quantization_config", None) if given is None else given
     if policy.base_dtype is not None:
         options = {"dtype": policy.base_dtype, **options}
@@ -86,8 +91,7 @@ def _stored_as(policy: LoadingPolicy, auto: Any, name: str, place: str, options:
     options = {"device_map": {"": "cpu" if policy.device is None else policy.device}, **options}
     if own is None:
         assert wanted is not None
-        trusted = bool(options.get("trust_remote_code"))
-        dense = _left_dense(wanted, policy.skip, lambda: auto.from_config(config, trust_remote_code=trusted))
+        dense = _left_dense(wanted, policy.skip, _without_memory(auto, config, options))
         return {**options, "quantization_config": replace(wanted, skip_modules=()).bits_and_bytes_config(dense)}
     how = _name(own if isinstance(own, Mapping) else own.to_dict())
     source = f"{name!r} is stored as {how}" if given is None else f"model_options.quantization_config is {how}"
@@ -104,19 +108,17 @@ def _stored_as(policy: LoadingPolicy, auto: Any, name: str, place: str, options:
     return options
 
 
-def _left_dense(wanted: Quantization, skip: Sequence[str], make: Callable[[], torch.nn.Module]) -> list[str]:
+def _left_dense(wanted: Quantization, skip: Sequence[str], model: torch.nn.Module) -> list[str]:
     """The linear layers that `quantize` would leave as they are, as regular expressions of their whole paths.
 
     Args:
         wanted: what to quantize to.
         skip: names or path endings of modules to leave, in the model or in a module that holds it.
-        make: makes the model, here without memory for its weights.
+        model: on the meta device.
 
     Raises:
         PEFTError: a layer can't be quantized so.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = make()
     names = (*skip, *wanted.skip_modules)
     modules = {path: module for path, module in base_modules(model) if path}
     left = [path for path in modules if matches(path, names) or any(name.endswith(f".{path}") for name in names)]

@@ -99,14 +99,14 @@ def test_a_killed_save_leaves_one_to_read(moment: str, path: Path, monkeypatch: 
     }
     with monkeypatch.context() as patch:
         if moment == "removing":
-            remove, removed = folders._remove, []
+            remove, removed = whole._remove, []
 
             def die_then(what: Path) -> None:
                 # the first removes what an earlier one has left
                 removed.append(what)
                 remove(what) if len(removed) == 1 else die()
 
-            patch.setattr(folders, "_remove", die_then)
+            patch.setattr(whole, "_remove", die_then)
         else:
             patch.setattr(*places[moment], die)
         with pytest.raises(Killed):

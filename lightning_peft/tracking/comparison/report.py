@@ -20,6 +20,7 @@ from torch import nn
 from lightning_peft.injection import method_adapters, records
 from lightning_peft.methods.base import Method
 from lightning_peft.state.versions import installed
+from lightning_peft.state.whole import whole_file
 from lightning_peft.tracking.cost.meter import CostMeter
 from lightning_peft.tracking.monitor.norms import adapter_norms
 
@@ -118,9 +119,8 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def _described(module: nn.Module) -> dict[str, Any]:
