@@ -152,7 +152,10 @@ def test_an_artifact_that_is_not_there_is_told_with_the_nearest(
 @pytest.mark.parametrize(
     ("address", "hint"),
     [
-        ("wandb://me/reviews/adapter-1", "for example wandb://me/reviews/adapter-1:best or wandb://me/reviews/adapter-1:v0"),
+        (
+            "wandb://me/reviews/adapter-1",
+            "for example wandb://me/reviews/adapter-1:best or wandb://me/reviews/adapter-1:v0",
+        ),
         ("wandb://adapter-1:best", "for example wandb://me/reviews/adapter-3kq:best"),
         ("wandb:me/reviews/adapter-1:best", "for example wandb://me/reviews/adapter-3kq:best"),
         ("wandb://me/reviews/adapter-1:a:b", "for example wandb://me/reviews/adapter-3kq:best"),

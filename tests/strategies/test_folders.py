@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.methods.errors import PEFTError
-from lightning_peft.state import AtomicCheckpointIO, folders, read_checkpoint, save_folder
+from lightning_peft.state import AtomicCheckpointIO, folders, read_checkpoint, save_folder, whole
 from lightning_peft.strategies import PEFTFSDPStrategy
 
 RAN = []
