@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.utils.data import DataLoader
 
-from lightning_peft.data.file_rows import SHOWN, load_processor, reason_of, require
+from lightning_peft.data.file_rows import listed, load_processor, reason_of, require
 from lightning_peft.data.files import require_datasets
 from lightning_peft.data.image_folder import read_image
 from lightning_peft.data.module import TableData
@@ -127,11 +127,7 @@ class AnnotatedImages(TableData):
             for faults in threads.map(self._told, table):
                 for kind, words in faults:
                     told.setdefault(kind, []).append(words)
-        return [
-            f"{split}: {len(words):,} of {len(table):,} {kind}: {', '.join(words[:SHOWN])}"
-            + (", …" if len(words) > SHOWN else "")
-            for kind, words in told.items()
-        ]
+        return [f"{split}: {len(words):,} of {len(table):,} {kind}: {listed(words)}" for kind, words in told.items()]
 
     def _told(self, row: dict[str, Any]) -> list[tuple[str, str]]:
         try:

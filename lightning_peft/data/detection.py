@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from lightning_peft.data.annotated import IMAGE, AnnotatedImages, read_named, upright_size
-from lightning_peft.data.file_rows import SHOWN
+from lightning_peft.data.file_rows import SHOWN, listed
 from lightning_peft.data.folders import folders_by_split
 from lightning_peft.data.module import Collate
 from lightning_peft.interchange.locations import resolve
@@ -190,10 +190,7 @@ def _read(file: Path, folder: Path, field: str, split: str) -> _File:
     for number, annotation in enumerate(boxes or ()):
         if fault := _enter(annotation, rows, index):
             faults.setdefault(fault[0], []).append(f"{number}{fault[1]}")
-    told = [
-        f"{field}: {file}: {kind}: {', '.join(places[:SHOWN])}{', …' if len(places) > SHOWN else ''}"
-        for kind, places in faults.items()
-    ]
+    told = [f"{field}: {file}: {kind}: {listed(places)}" for kind, places in faults.items()]
     if not rows and not told:
         told.append(f"{field}: {file} has no images")
     columns: dict[str, list[Any]] = {

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -146,8 +146,12 @@ class FileData(TableData):
                     elif found:
                         long.append(row - 1)
         self.long_rows[split] = long
-        shown = ", ".join(told[:SHOWN]) + (", …" if len(told) > SHOWN else "")
-        return [f"{split}: {len(told):,} of {row:,} {self.kind}s can't be read: {shown}"] if told else []
+        return [f"{split}: {len(told):,} of {row:,} {self.kind}s can't be read: {listed(told)}"] if told else []
+
+
+def listed(words: Sequence[object]) -> str:
+    """The first `SHOWN` of them with commas between, and a sign that there are more."""
+    return ", ".join(map(str, words[:SHOWN])) + (", …" if len(words) > SHOWN else "")
 
 
 def load_processor(auto_class: str, source: str) -> Any:

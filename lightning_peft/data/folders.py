@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_peft.data.file_rows import SHOWN, FileData, read_files
+from lightning_peft.data.file_rows import FileData, listed, read_files
 from lightning_peft.data.files import SPLITS
 from lightning_peft.data.labelled import LabelledData
 from lightning_peft.methods.errors import PEFTError
@@ -151,6 +151,5 @@ def files_in(folder: Path, pattern: str) -> list[Path]:
 
 
 def _counted(files: list[Path], folder: Path) -> str:
-    shown = ", ".join(file.relative_to(folder).as_posix() for file in files[:SHOWN])
     count = "1 file lies" if len(files) == 1 else f"{len(files):,} files lie"
-    return f"{count} ({shown}{', …' if len(files) > SHOWN else ''})"
+    return f"{count} ({listed([file.relative_to(folder).as_posix() for file in files])})"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lightning_peft.data.annotated import IMAGE, AnnotatedImages, read_named, upright_size
-from lightning_peft.data.file_rows import SHOWN, reason_of
+from lightning_peft.data.file_rows import listed, reason_of
 from lightning_peft.data.folders import files_in, folders_by_split
 from lightning_peft.data.image_folder import ImageFolderData
 from lightning_peft.data.labels import IGNORED
@@ -174,11 +174,10 @@ class SegmentationFolderData(AnnotatedImages):
                 values = self._counted.get(path, np.zeros(0)).nonzero()[0]
                 odd = [str(value) for value in values if value >= self.num_labels and value != self.ignore_index]
                 if odd:
-                    told.append(f"{path} ({', '.join(odd[:SHOWN])}{', …' if len(odd) > SHOWN else ''})")
+                    told.append(f"{path} ({listed(odd)})")
             if told:
-                shown = ", ".join(told[:SHOWN]) + (", …" if len(told) > SHOWN else "")
                 faults.append(
-                    f"{split}: {len(told):,} of {len(table):,} masks hold values that are no class: {shown}; "
+                    f"{split}: {len(told):,} of {len(table):,} masks hold values that are no class: {listed(told)}; "
                     f"there are {self.num_labels} classes, from 0, and {self.ignore_index} for what is left out"
                 )
         return faults
@@ -195,8 +194,8 @@ def _pairs(folder: Path, field: str, split: str) -> tuple[dict[str, list[str]], 
     for held, others, words in ((images, masks, "image has no mask"), (masks, images, "mask has no image")):
         if lone := [str(held[name]) for name in held if name not in others]:
             many = words.replace("image has", "images have").replace("mask has", "masks have")
-            shown = ", ".join(lone[:SHOWN]) + (", …" if len(lone) > SHOWN else "")
-            faults.append(f"{field}: {len(lone):,} {words if len(lone) == 1 else many} of the same name: {shown}")
+            counted = f"{len(lone):,} {words if len(lone) == 1 else many}"
+            faults.append(f"{field}: {counted} of the same name: {listed(lone)}")
     both = [name for name in images if name in masks]
     return {IMAGE: [str(images[name]) for name in both], MASK: [str(masks[name]) for name in both]}, faults
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_peft.data.characters import character_tokenizer, count_characters, unknown_characters, vocabulary_of
-from lightning_peft.data.file_rows import SHOWN, absolute, read_files
+from lightning_peft.data.file_rows import absolute, listed, read_files
 from lightning_peft.data.files import FORMATS, SPLITS, load_file
 from lightning_peft.data.folders import files_in, subfolders
 from lightning_peft.data.labels import IGNORED
@@ -114,8 +114,7 @@ class SpeechRecognitionData(SoundData):
         for split in sorted(self._transcribed):
             texts = tables[split][self.text_column][:]
             if empty := [row for row, text in enumerate(texts, 1) if not text.strip()]:
-                rows = ", ".join(map(str, empty[:SHOWN])) + (", …" if len(empty) > SHOWN else "")
-                faults.append(f"{split}: {len(empty):,} of {len(texts):,} transcripts are empty: rows {rows}")
+                faults.append(f"{split}: {len(empty):,} of {len(texts):,} transcripts are empty: rows {listed(empty)}")
         faults += super().row_faults(tables)
         self._characters = count_characters(tables["train"][self.text_column][:])
         if self.long_rows["train"]:
@@ -141,8 +140,7 @@ class SpeechRecognitionData(SoundData):
             other = unknown_characters(self.tokenizer, self._characters, cased)
             if other.total() < unknown.total():
                 self._cased, unknown = cased, other
-        told = ", ".join(f"{character!r} {count:,} times" for character, count in unknown.most_common(SHOWN))
-        told += ", …" if len(unknown) > SHOWN else ""
+        told = listed([f"{character!r} {count:,} times" for character, count in unknown.most_common()])
         if 2 * unknown.total() > self._characters.total():
             raise PEFTError(
                 f"tokenizer: it doesn't know most characters of the transcripts ({told}); use "

@@ -25,6 +25,7 @@ from lightning_peft.planning.kernels import CudaKernels
 from lightning_peft.planning.ledger import GRADIENTS, KINDS, OPTIMIZER, WEIGHTS, Bytes, Ledger
 from lightning_peft.planning.optimizers import bitsandbytes_states
 from lightning_peft.planning.trainer import PlanningTrainer
+from lightning_peft.state.frozen import packed_scales
 
 Peaks = dict[str, Bytes]
 """The bytes alive at the peak of each part of a step, by its name: forward or backward, and in which block."""
@@ -126,7 +127,8 @@ class _Step:
             self.trainer.take(module)
             # there are no results to log into
             vars(module).update(log=_nothing, log_dict=_nothing)
-            ledger.are(WEIGHTS, [*module.parameters(), *module.buffers(), *_scales(module)])
+            scales = (tensor for part in module.modules() for _, tensor in packed_scales(part))
+            ledger.are(WEIGHTS, [*module.parameters(), *module.buffers(), *scales])
             prepare_task(module, self.trainer)
             optimizers, kept = self._optimizers()
             for run, count in runs:
@@ -234,16 +236,6 @@ class _Step:
 def _take_step(optimizer: Optimizer) -> None:
     if bitsandbytes_states(optimizer) is None:
         optimizer.step()
-
-
-def _scales(module: nn.Module) -> Iterator[Tensor]:
-    """The scales of packed layers, which are neither parameters nor buffers."""
-    for part in module.modules():
-        for state in (vars(part).get("quant_state"), getattr(vars(part).get("quant_state"), "state2", None)):
-            yield from (value for value in vars(state).values() if isinstance(value, Tensor)) if state else ()
-        scales = getattr(vars(part).get("state"), "SCB", None)
-        if isinstance(scales, Tensor):
-            yield scales
 
 
 def _gradients_of(value: Any) -> list[Tensor]:

@@ -19,7 +19,7 @@ def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
     seen = set[int]()
     found = {}
     for path, module in base_modules(model):
-        for name, tensor in (*own_tensors(module).items(), *_scales(module)):
+        for name, tensor in (*own_tensors(module).items(), *packed_scales(module)):
             if not tensor.requires_grad and id(tensor) not in seen:
                 seen.add(id(tensor))
                 found[f"{path}.{name}" if path else name] = tensor
@@ -32,7 +32,7 @@ def frozen_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in frozen_tensors(model).items() if id(tensor) in buffers}
 
 
-def _scales(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def packed_scales(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What stands beside a packed weight's codes: 8-bit scales, or the tensors of a 4-bit weight's state."""
     weight = packed(module)
     if weight is None:
