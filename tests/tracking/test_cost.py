@@ -81,6 +81,26 @@ def test_parameters_flops_and_bytes(adapted: Run) -> None:
     assert 0.5 < cost.overhead_merged < 2  # type: ignore[operator]
 
 
+def test_inference_is_timed_before_lightning_takes_the_module_from_its_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    def timed(*_: Any) -> tuple[float, float]:
+        happened.append("timed")
+        return 1.5, 1.25
+
+    class Told(Toy):
+        def cpu(self) -> Any:
+            happened.append("taken")
+            return super().cpu()
+
+    monkeypatch.setattr("lightning_peft.tracking.cost.meter.inference_overhead", timed)
+    cost = Run(tmp_path, Told(), method=lora(target_modules=[*LAYERS])).cost
+    assert happened == ["timed", "taken"]
+    assert (cost.overhead_unmerged, cost.overhead_merged) == (1.5, 1.25)
+
+
 def test_the_cost_is_logged_when_the_run_ends(adapted: Run) -> None:
     with Path(adapted.trainer.log_dir, "metrics.csv").open() as file:  # type: ignore[arg-type]
         last = [*csv.DictReader(file)][-1]
