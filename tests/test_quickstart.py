@@ -25,7 +25,8 @@ def test_it_learns_and_its_checkpoint_is_used_as_the_closing_lines_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    short = ["--config", str(CONFIG), "--data.rows_per_library=120", "--trainer.max_epochs=2"]
+    short = ["--config", str(CONFIG), "--data.rows_per_library=120", "--data.max_length=32", "--trainer.max_epochs=2"]
+    short.append("--model.learning_rate=3e-3")
     assert main(["fit", *short, "--trainer.enable_progress_bar=false"]) == 0
     printed = capsys.readouterr().out
     # A and B of rank 8 beside the six linear layers of each of six blocks and the pooler's, and a head of 384 × 8 + 8
