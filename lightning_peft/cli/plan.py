@@ -27,6 +27,7 @@ from lightning_peft.planning.building import Setting
 from lightning_peft.planning.choosing import Choice, base_of, bytes_of, cheapest, room, storage_name
 from lightning_peft.planning.estimates import Estimate, Planner
 from lightning_peft.planning.sharing import layouts
+from lightning_peft.quantization.config import PACKING, can_pack
 from lightning_peft.tracking.comparison import FULL
 from lightning_peft.tracking.tables import format_bytes
 
@@ -46,7 +47,8 @@ LOGGERS = (
     *("transformers", "bitsandbytes"),
 )
 """Those that tell of a run."""
-STORED = "none,bf16,int8,nf4-dq"
+DENSE, PACKED = ("none", "bf16"), ("int8", "nf4-dq")
+"""Ways to store a base that are planned where none are named."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Given:
     """What a command line says."""
 
     methods: str | None
-    quantizations: str
+    quantizations: str | None
     devices: str | None
     batch: str | None
     fit: str | None
@@ -89,11 +91,10 @@ def run_plan(words: Sequence[str]) -> int:
     given = _given(words)
     size = bytes_of(given.fit) if given.fit else None
     rows, length = _batch(given.batch)
-    names = [name.strip() for name in given.quantizations.split(",")]
     with _quiet():
         planned = PlanCLI(given.words).planned
         counts = [planned.devices] if given.devices is None else _counts(given.devices)
-        settings, faults = _settings(planned.setting, given.methods, names)
+        settings, faults = _settings(planned.setting, given.methods, given.quantizations)
         planner = Planner(
             planned.module,
             planned.data,
@@ -188,7 +189,8 @@ def _given(words: Sequence[str]) -> Given:
         allow_abbrev=False,
     )
     parser.add_argument("--methods", help="LoRA,IA3,… by name with their defaults; all; full is full fine-tuning")
-    parser.add_argument("--quantizations", default=STORED, help="how the base is stored; none is as it is loaded")
+    stored = f"how the base is stored; none is as it is loaded; by default {','.join((*DENSE, *PACKED))}"
+    parser.add_argument("--quantizations", help=stored)
     parser.add_argument("--devices", help="numbers of devices, such as 1,2; by default the Trainer's")
     parser.add_argument("--batch", help="rows and length of each device's batch, such as 2x2048; by default the data's")
     parser.add_argument("--fit", help="the memory of a GPU, such as 24GB: marks what fits, and says what to set")
@@ -197,10 +199,10 @@ def _given(words: Sequence[str]) -> Given:
     return Given(**vars(known), words=rest)
 
 
-def _settings(own: Setting, methods: str | None, names: Sequence[str]) -> tuple[list[Setting], dict[str, str]]:
-    """The settings of a table's rows, the configured one first; and methods that have no defaults, with the reason."""
+def _settings(own: Setting, methods: str | None, stored: str | None) -> tuple[list[Setting], dict[str, str]]:
+    """The settings of a table's rows, the configured one first; and what of them can't be planned, with the reason."""
     settings, faults = [own], dict[str, str]()
-    bases = [base_of(name, own.base) for name in names if name]
+    bases = [base_of(name, own.base) for name in _stored(stored, faults)]
     for method in _methods(own.method, methods, faults):
         if method is None:
             settings.append(Setting(None))
@@ -212,6 +214,15 @@ def _settings(own: Setting, methods: str | None, names: Sequence[str]) -> tuple[
         if setting not in found:
             found.append(setting)
     return found, faults
+
+
+def _stored(names: str | None, faults: dict[str, str]) -> list[str]:
+    if names is not None:
+        return [name.strip() for name in names.split(",") if name.strip()]
+    if can_pack():
+        return [*DENSE, *PACKED]
+    faults[", ".join(PACKED)] = f"not planned, as it {PACKING}"
+    return [*DENSE]
 
 
 def _methods(own: Method | None, methods: str | None, faults: dict[str, str]) -> Iterator[Method | None]:
@@ -273,8 +284,8 @@ def _verdict(choice: Choice | None, devices: int, asked: str, free: int) -> str:
     on = "1 device" if devices == 1 else f"{devices} devices"
     if choice is None:
         return (
-            f"{on} of {asked}: nothing fits {format_bytes(free)}, not with 4 bits, checkpointing and offloading; use a "
-            "smaller batch, a shorter max_length or more devices"
+            f"{on} of {asked}: nothing fits {format_bytes(free)}, not with {'4 bits, ' if can_pack() else ''}"
+            "checkpointing and offloading; use a smaller batch, a shorter max_length or more devices"
         )
     peak = format_bytes(choice.estimate.peak)
     if not choice.changes:

@@ -12,7 +12,7 @@ from lightning_peft.methods.errors import PEFTError, suggestion
 from lightning_peft.planning.building import Setting
 from lightning_peft.planning.estimates import Estimate, Planner
 from lightning_peft.planning.sharing import Layout, layouts
-from lightning_peft.quantization.config import NAMES
+from lightning_peft.quantization.config import NAMES, can_pack
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 RESERVED = 1_500_000_000
@@ -80,8 +80,8 @@ class Choice:
 
 def cheapest(planner: Planner, own: Setting, devices: int, size: int, strategy: str = "") -> Choice | None:
     """The first setting that fits in the order of what it costs, from the configured one on: a base in bf16, which
-    costs nothing; gradient checkpointing, a third of the computation; a base in 4 bits; sharding; activations on the
-    CPU; shards on the CPU.
+    costs nothing; gradient checkpointing, a third of the computation; a base in 4 bits, where bitsandbytes is
+    installed; sharding; activations on the CPU; shards on the CPU.
 
     Args:
         planner: makes the estimates.
@@ -102,7 +102,7 @@ def candidates(own: Setting, ways: Sequence[Layout]) -> Iterator[tuple[Setting, 
     bases = [own.base]
     if own.method is not None and own.base.quantization is None:
         bases += [replace(own.base, dtype="bfloat16")] if own.base.dtype is None else []
-        bases.append(base_of(FOUR_BITS, own.base))
+        bases += [base_of(FOUR_BITS, own.base)] if can_pack() else []
     has_choice = own.method is not None
     blocks = [False, True] if has_choice and own.gradient_checkpointing is False else [own.gradient_checkpointing]
     moves = [False, True] if has_choice and own.offload_activations is False else [own.offload_activations]

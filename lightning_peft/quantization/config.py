@@ -23,6 +23,12 @@ NAMES: dict[str, dict[str, Any]] = {
 """The fields that each short name stands for."""
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 STORAGE_DTYPES = ("uint8", "bfloat16", "float16")
+PACKING = 'needs bitsandbytes; pip install "lightning-peft[quantization]"'
+
+
+def can_pack() -> bool:
+    """Whether bitsandbytes is installed, without importing it."""
+    return find_spec("bitsandbytes") is not None
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ class Quantization:
             object.__setattr__(self, "skip_modules", tuple(skip))
         if faults := self.faults():
             raise PEFTError([f"Quantization.{fault}" for fault in faults])
-        if find_spec("bitsandbytes") is None:
-            raise PEFTError(f'quantization: {self.name} needs bitsandbytes; pip install "lightning-peft[quantization]"')
+        if not can_pack():
+            raise PEFTError(f"quantization: {self.name} {PACKING}")
 
     def faults(self) -> list[str]:
         """What is wrong with the fields."""

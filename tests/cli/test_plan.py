@@ -68,3 +68,18 @@ def test_a_configuration_alone_is_enough(config: Path, tmp_path: Path, capsys: p
 def test_mistakes(words: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", str(config), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_bitsandbytes_what_is_dense_is_planned(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_peft.quantization.config.find_spec", lambda name: None)
+    needed = 'needs bitsandbytes; pip install "lightning-peft[quantization]"'
+    words = ["plan", "--config", str(config), "--devices", "1", "--fit"]
+    assert main([*words, "1.5GB"]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split("│")[2].strip() for line in shown.splitlines() if line.startswith("│ LoRA")] == ["none", "bf16"]
+    assert f"int8, nf4-dq: not planned, as it {needed}\n" in shown
+    assert "nothing fits 0 B, not with checkpointing and offloading; use a smaller batch" in shown
+    assert main([*words, "24GB", "--quantizations", "bf16,int8"]) == 2
+    assert capsys.readouterr().err == f"lightning-peft: quantization: int8 {needed}\n"
