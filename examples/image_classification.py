@@ -1,6 +1,6 @@
 """LoRA on a ResNet's convolutions: it learned the digits 0 to 4, and is adapted to 5 to 9.
 
-    python examples/image_classification.py      # 20 seconds of CPU time, no network
+    python examples/image_classification.py      # 20 seconds of CPU time, no network; extra `examples`
 
 The images are scikit-learn's handwritten digits. The baseline is a linear probe: a logistic regression on what the
 frozen network makes of the same 200 training images. Batch normalization stays as it was learned; the callback sees to

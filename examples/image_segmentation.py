@@ -1,6 +1,6 @@
 """LoRA on SegFormer: it learned to find the digits 0 to 2 on dark ground, and is adapted to striped ground.
 
-    python examples/image_segmentation.py      # 45 seconds of CPU time, no network
+    python examples/image_segmentation.py      # 45 seconds of CPU time, no network; extra `examples`
 
 Scenes are made of scikit-learn's handwritten digits, so that the class of each pixel is known. The baseline is a linear
 probe: of the network only the head, which gives classes to its features, is trained on the same 128 striped scenes.

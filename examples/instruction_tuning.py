@@ -1,6 +1,6 @@
 """QLoRA: a small decoder, in 4 bits, learns to answer an instruction.
 
-    python examples/instruction_tuning.py    # 100 seconds of CPU time, no network; extra `quantization`
+    python examples/instruction_tuning.py    # 100 seconds of CPU time, no network; extra `examples`
 
 small_decoder.py, beside this file, pretrains the decoder on docstrings and writes the instructions: from which of eight
 libraries is a docstring? configs/qlora_offline.yaml is the same in YAML, configs/qlora_instruct.yaml the recipe for a

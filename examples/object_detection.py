@@ -1,6 +1,6 @@
 """LoRA on YOLOS: it learned to find handwritten digits on dark ground, and is adapted to striped ground.
 
-    python examples/object_detection.py      # a minute of CPU time, no network
+    python examples/object_detection.py      # a minute of CPU time, no network; extra `examples`
 
 Scenes are made of scikit-learn's handwritten digits, so that the boxes are known. The baseline is a linear probe: only
 the last layers of both heads, for classes and boxes, are trained on the same 128 striped scenes. The numbers are the

@@ -1,6 +1,6 @@
 """LoRA on the embedding tables of a recommender: for a new season the tables stay, and 7 % of their size is learned.
 
-    python examples/recommender.py    # 30 seconds of CPU time, no network
+    python examples/recommender.py    # 30 seconds of CPU time, no network; extra `examples`
 
 People buy by taste and fashion; who buys what is drawn at random. A factorization is trained on one season. In the
 next, of which a third as much is known, items have come to please other people, and others are in fashion. In the end

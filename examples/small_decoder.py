@@ -1,7 +1,7 @@
 """Pretrains a decoder of 0.9M parameters on docstrings of installed libraries, and writes instructions to tune it on.
 
-    python examples/small_decoder.py                            # about a minute on 2 cores, no network
-    lightning-peft fit --config configs/qlora_offline.yaml      # QLoRA on it: from which library is a docstring?
+    python examples/small_decoder.py                        # about a minute on 2 cores, no network; extra `examples`
+    lightning-peft fit --config configs/qlora_offline.yaml  # QLoRA on it: from which library is a docstring?
 
 The model, with its tokenizer, is written to runs/small_decoder/model, the rows to runs/small_decoder/rows.
 """

@@ -1,6 +1,6 @@
 """LoRA on a small speech encoder, which was trained on some glides between vowels and learns to tell others.
 
-    python examples/speech_classification.py    # a minute of CPU time, no network; extras `audio`, `examples`
+    python examples/speech_classification.py    # a minute of CPU time, no network; extra `examples`
 
 The sounds, such as `ai` and `ia`, are synthesized: a voice of any pitch through the resonances of English vowels, and
 noise. In the end it prints the accuracy over the eight glides that have an `i`, which the encoder had not heard, beside

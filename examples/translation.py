@@ -1,6 +1,6 @@
 """LoRA on a small encoder-decoder: from writing English dates in French to writing them in German.
 
-    python examples/translation.py    # 80 seconds of CPU time, no network
+    python examples/translation.py    # 80 seconds of CPU time, no network; extra `examples`
 
 The model, which reads and writes bytes, is first trained on 4,000 dates in English and French. An adapter then learns
 German from 1,000 of them. In the end it prints the chrF of 200 unseen dates, from 0 to 1, beside the better of the

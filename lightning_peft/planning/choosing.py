@@ -52,16 +52,19 @@ def storage_name(base: Base) -> str:
 
 
 def bytes_of(size: str) -> int:
-    """The bytes that `24GB` or `22.5 GiB` is.
+    """The bytes of a GPU of `24GB` or `22.5 GiB`.
 
     Raises:
-        PEFTError: it is no size.
+        PEFTError: it is no size, or nothing is left of it.
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
     unit = (found[2].upper() or "GB") if found else ""
     if not found or unit not in UNITS or float(found[1]) <= 0:
         raise PEFTError(f"fit: {size!r} is no size; give the GPU's memory, such as 24GB or 80GB")
-    return int(float(found[1]) * UNITS[unit])
+    total = int(float(found[1]) * UNITS[unit])
+    if not room(total):
+        raise PEFTError(f"fit: {size!r} is all taken by CUDA, NCCL and libraries, {RESERVED / 1e9:g} GB; give more")
+    return total
 
 
 def room(size: int) -> int:

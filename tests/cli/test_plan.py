@@ -60,6 +60,7 @@ def test_a_configuration_alone_is_enough(config: Path, tmp_path: Path, capsys: p
     ("words", "message"),
     [
         (["--fit", "big"], "fit: 'big' is no size; give the GPU's memory, such as 24GB or 80GB"),
+        (["--fit", "1.5 GB"], "fit: '1.5 GB' is all taken by CUDA, NCCL and libraries, 1.5 GB; give more"),
         (["--batch", "2x"], "batch: '2x' is neither rows nor rows and length; give 8, or 2x2048"),
         (["--devices", "two"], "devices: 'two' is no list of numbers; give 1, or 1,2,8"),
         (["--methods", "LoRa"], "methods: there is no 'LoRa'; did you mean 'LoRA'?"),
@@ -76,10 +77,10 @@ def test_without_bitsandbytes_what_is_dense_is_planned(
     monkeypatch.setattr("lightning_peft.quantization.config.find_spec", lambda name: None)
     needed = 'needs bitsandbytes; pip install "lightning-peft[quantization]"'
     words = ["plan", "--config", str(config), "--devices", "1", "--fit"]
-    assert main([*words, "1.5GB"]) == 0
+    assert main([*words, "1.50001GB"]) == 0
     shown = capsys.readouterr().out
     assert [line.split("│")[2].strip() for line in shown.splitlines() if line.startswith("│ LoRA")] == ["none", "bf16"]
     assert f"int8, nf4-dq: not planned, as it {needed}\n" in shown
-    assert "nothing fits 0 B, not with checkpointing and offloading; use a smaller batch" in shown
+    assert "nothing fits 9.5 kB, not with checkpointing and offloading; use a smaller batch" in shown
     assert main([*words, "24GB", "--quantizations", "bf16,int8"]) == 2
     assert capsys.readouterr().err == f"lightning-peft: quantization: int8 {needed}\n"

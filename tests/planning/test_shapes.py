@@ -98,7 +98,8 @@ def test_one_device_of_eight_billion_and_several_of_seventy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "found"), [("24GB", 24 * 10**9), ("22.5 GiB", int(22.5 * 2**30)), ("80", 80 * 10**9), ("500mb", 5 * 10**8)]
+    ("size", "found"),
+    [("24GB", 24 * 10**9), ("22.5 GiB", int(22.5 * 2**30)), ("80", 80 * 10**9), ("3000mb", 3 * 10**9)],
 )
 def test_sizes(size: str, found: int) -> None:
     assert bytes_of(size) == found
