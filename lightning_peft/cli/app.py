@@ -8,12 +8,13 @@ import signal
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
 from functools import partial, update_wrapper
+from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import (
     ArgsType,
@@ -22,8 +23,8 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
     instantiate_class,
 )
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 # named by their class alone in a configuration, which takes that they are imported
 import lightning_peft.data
@@ -39,7 +40,7 @@ from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import read_checkpoint
 from lightning_peft.tracking import AdapterMonitor, PredictionFile
-from lightning_peft.tracking.monitor.guard import Guard
+from lightning_peft.tracking.guard import Guard
 from lightning_peft.tracking.weights_and_biases.runs import log_configuration, own_run, start_runs
 
 
@@ -160,11 +161,37 @@ class PEFTCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """As LightningCLI does, by the parser's current function."""
-        self.config_init = self._instantiate(self.config)
+        self.config_init = self._instantiate(self._without_absent_wandb())
         self.datamodule = self._get(self.config_init, "data")
         self.model = self._get(self.config_init, "model")
         self._optimize_later()
         self.trainer = self.instantiate_trainer()
+
+    def _without_absent_wandb(self) -> Any:
+        """The configuration; where W&B is asked for and not installed, without it, and with Lightning's own choice of a
+        logger if there is no other.
+
+        Raises:
+            PEFTError: a strict AdapterMonitor is asked for too.
+        """
+        if find_spec("wandb") is not None:
+            return self.config
+        trainer = self.config[self.verb].trainer
+        loggers, callbacks = (
+            given if isinstance(given, list) else [given] for given in (trainer.logger, trainer.callbacks)
+        )
+        others = [logger for logger in loggers if not _is_a(logger, WandbLogger)]
+        monitors = [callback for callback in callbacks if _is_a(callback, AdapterMonitor)]
+        strict = any((monitor.get("init_args") or {}).get("strict") for monitor in monitors)
+        if len(others) == len(loggers):
+            return self.config
+        told = "wandb is not installed; pip install 'lightning-peft[wandb]'"
+        if strict:
+            raise PEFTError(f"trainer.logger: {told}")
+        rank_zero_warn(f"trainer.logger: {told}. W&B gets nothing of this run")
+        config = self.config.clone()
+        config[self.verb].trainer.logger = others or True
+        return config
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer, with the callback first: others copy or count what it injects.
@@ -239,6 +266,12 @@ class PEFTCLI(LightningCLI):
         if path and path not in ("best", "last", "hpc") and ":" not in str(path) and not Path(path).is_dir():
             # without the tensors: a bad file is told before data is prepared
             read_checkpoint(path, "meta", options.get("weights_only") is not False)
+
+
+def _is_a(section: Any, cls: type) -> bool:
+    """Whether a configuration's section names a class or a child of it."""
+    found = find_class(section.class_path, [cls]).cls if isinstance(section, Namespace) else None
+    return isinstance(found, type) and issubclass(found, cls)
 
 
 def _configured(module: pl.LightningModule, optimizer: Any, lr_scheduler: Any) -> Any:

@@ -133,24 +133,19 @@ def test_training_is_the_same_without_it_to_the_bit(run: Any, tmp_path: Path) ->
 
 
 class Dead:
-    """A run that refuses what the monitor does and takes what Lightning does."""
+    """A run that takes nothing any more."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
         self.config: Any = self
         self.offline = True
         self.id = "dead"
+        self.asked: list[str] = []
 
-    def log(self, row: dict[str, Any]) -> None:
-        if "samples" in row or any("/" in name for name in row if name != "trainer/global_step"):
-            raise OSError(28, "No space left on device")
-        self.rows.append(row)
-
-    def update(self, *_: Any, **__: Any) -> None: ...
-    def log_artifact(self, *_: Any, **__: Any) -> None:
+    def refuse(self, *values: Any, **_: Any) -> None:
+        self.asked += [str(name) for value in values if isinstance(value, dict) for name in value]
         raise OSError(28, "No space left on device")
 
-    _log_artifact = define_metric = update
+    log = update = log_artifact = _log_artifact = define_metric = refuse
 
 
 class DeadLogger(WandbLogger):
@@ -159,17 +154,24 @@ class DeadLogger(WandbLogger):
         return self._experiment
 
 
-def test_a_run_of_wandb_that_fails_does_not_end_training(tmp_path: Path) -> None:
-    logger = DeadLogger(experiment=Dead())
+@pytest.mark.parametrize("log_model", [False, "all"])
+def test_a_run_of_wandb_that_fails_does_not_end_training(log_model: Any, tmp_path: Path) -> None:
+    run = Dead()
+    logger = DeadLogger(experiment=run, log_model=log_model)
     with pytest.warns(UserWarning, match="AdapterMonitor") as told:
-        trained, _ = train(tmp_path, logger=logger)
+        trained, module = train(tmp_path, logger=logger)
     # one reason is told once, whatever else it keeps from being logged
     assert [str(warning.message) for warning in told if str(warning.message).startswith("AdapterMonitor")] == [
-        "AdapterMonitor: logging to DeadLogger failed and is left out, the run goes on "
+        "AdapterMonitor: DeadLogger.log_hyperparams failed and is left out, the run goes on "
         "(OSError: [Errno 28] No space left on device)"
     ]
     assert trained.global_step == 24
-    strict = trainer(tmp_path, AdapterMonitor(strict=True), logger=DeadLogger(experiment=Dead()))
+    # Lightning asks each time, as a full disk may be emptied
+    assert run.asked.count("train_loss") == 12
+    _, alone = train(tmp_path, logger=False)
+    assert all(torch.equal(value, alone.state_dict()[name]) for name, value in module.state_dict().items())
+    # the same logger, of which a strict monitor wants to know
+    strict = trainer(tmp_path, AdapterMonitor(strict=True), logger=logger)
     with pytest.raises(OSError, match="No space left"):
         strict.fit(Named(), data(), data(24))
 

@@ -17,8 +17,8 @@ from lightning_peft.methods._sharded import is_sharded
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import Spec
 from lightning_peft.tracking.cost.memory import peak_memory
+from lightning_peft.tracking.guard import Guard, guard_calls
 from lightning_peft.tracking.monitor.description import describe
-from lightning_peft.tracking.monitor.guard import Guard
 from lightning_peft.tracking.monitor.layers import History, by_layer, reported_layers
 from lightning_peft.tracking.monitor.norms import Norms, StepNorms, trained_groups
 from lightning_peft.tracking.monitor.samples import sample_table
@@ -72,12 +72,13 @@ class AdapterMonitor(pl.Callback):
 
     Training is not changed by it, not to the bit. In a step that is logged it keeps a copy of the trained tensors until
     the step is done. Without adapters, it is about modules' own trained parameters. What fails in it is told once and
-    left out from then on. Under `fast_dev_run` and without a logger it does nothing.
+    left out from then on; what Lightning logs to a WandbLogger may fail too, and is told once. Under `fast_dev_run` and
+    without a logger it does nothing.
 
     Args:
         every_n_steps: how often to log; None is as often as the Trainer does.
         samples: rows of the table of predictions; 0 leaves it out.
-        strict: let what fails in it end the run.
+        strict: let what fails in it, or in W&B, end the run.
 
     Raises:
         PEFTError: with all that is wrong with the arguments.
@@ -94,17 +95,22 @@ class AdapterMonitor(pl.Callback):
         self.every_n_steps, self.samples, self.strict = every_n_steps, samples, strict
         self.spec: Spec | None = None
         """What checkpoints say of the adapter; PEFT tells it when the run starts."""
+        self._guard = Guard("AdapterMonitor", strict)
         self._run: _Run | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let W&B fail, before Lightning logs anything."""
+        if stage == "fit":
+            self._guard = Guard("AdapterMonitor", self.strict)
+            for logger in wandb_loggers(trainer):
+                guard_calls(logger, self._guard)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin anew."""
         self._run = None
         if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._run = _Run(
-            Guard("AdapterMonitor", self.strict),
-            self.every_n_steps or trainer.log_every_n_steps,  # type: ignore[attr-defined]
-        )
+        self._run = _Run(self._guard, self.every_n_steps or trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what is trained, and on what."""

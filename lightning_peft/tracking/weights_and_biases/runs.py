@@ -19,6 +19,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state.secrets import without_secrets
+from lightning_peft.tracking.guard import Guard
 from lightning_peft.tracking.weights_and_biases.heat_map import Values, heat_map_html
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def own_run() -> Iterator[None]:
     """End the run that is started in the context, as failed where that is left by an exception.
 
     Lightning leaves it open until the process ends, and so what is trained next in the same process would be logged
-    into it. A run that was there before goes on, with what is logged in the context.
+    into it. A run that was there before goes on, with what is logged in the context. Where wandb can't end it, as its
+    own process has died, that is told and no more.
     """
     before = _open_run()
     try:
@@ -88,7 +90,8 @@ def _open_run() -> Run | None:
 def _end(before: Run | None, exit_code: int) -> None:
     run = _open_run()
     if run is not None and run is not before:
-        run.finish(exit_code=exit_code)
+        with Guard("W&B").trying("the end of the run"):
+            run.finish(exit_code=exit_code)
 
 
 def log_configuration(logger: Logger, configuration: Mapping[str, Any]) -> None:
