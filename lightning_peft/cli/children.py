@@ -14,6 +14,8 @@ PATIENCE = 30.0
 """Seconds that a run is given to end after it was interrupted; Lightning writes its last files then."""
 TICK = 0.2
 LAST_LINES = 25
+ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+"""What ends this process beside Ctrl-C."""
 
 
 class ChildInterrupted(KeyboardInterrupt):
@@ -32,7 +34,8 @@ def run_child(words: Sequence[str], log: Path, tick: Callable[[], None]) -> int:
         Its exit code; that of one which a signal ended is the signal's number below zero.
 
     Raises:
-        ChildInterrupted: this process was interrupted (Ctrl-C, SIGTERM); the child was too, and has ended.
+        ChildInterrupted: this process was interrupted (Ctrl-C, SIGTERM, a terminal that is closed); the child was too,
+            and has ended.
     """
     # a run's seed and place among others are its own
     others = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
@@ -46,7 +49,9 @@ def run_child(words: Sequence[str], log: Path, tick: Callable[[], None]) -> int:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a terminal's Ctrl-C comes to this process alone, which hands it on once
         )
-    before = signal.signal(signal.SIGTERM, _stop)
+    # a closed terminal's signal is ignored by what nohup starts, and so stays
+    numbers = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _stop) for number in numbers}
     try:
         while True:
             try:
@@ -57,7 +62,8 @@ def run_child(words: Sequence[str], log: Path, tick: Callable[[], None]) -> int:
         raise ChildInterrupted from None
     finally:
         _end(child)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def last_lines(log: Path) -> str:

@@ -15,7 +15,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_peft.cli.children import ChildInterrupted, last_lines, run_child
-from lightning_peft.cli.compare_plan import Logging, Planned, facts_of, labels_of, metric_of, plan, resolve
+from lightning_peft.cli.compare_plan import (
+    Logging,
+    Planned,
+    check_folders,
+    facts_of,
+    labels_of,
+    metric_of,
+    plan,
+    resolve,
+)
 from lightning_peft.cli.reporting import EXTRAS, Interrupted, console_for_tables
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.tracking.comparison import (
@@ -40,8 +49,8 @@ methods:
   variant.yaml   a configuration laid over the other ones, such as a quantization or another rank
 
 Each run is in DIR/runs with its configuration, log, checkpoints and report; results.html, .md, .csv and .json are in
-DIR. The same command again goes on where it was stopped, and runs what failed once more. Exit code 1: some runs
-failed. Every other option is one of `fit`."""
+DIR. The same command again goes on where it was stopped, and runs what failed once more; runs of another configuration
+that have ended in DIR are refused, not deleted. Exit code 1: some runs failed. Every other option is one of `fit`."""
 
 
 @dataclass
@@ -71,6 +80,7 @@ def run_compare(words: Sequence[str]) -> int:
     given = _given(words)
     sections = resolve(labels_of(given.methods), given.words)
     planned = plan(sections, given.seeds, given.out, given.logging)
+    check_folders(planned)
     metric, mode = metric_of(sections, given.metric, given.mode)
     command = f"lightning-peft compare {shlex.join(words)}"
     done: dict[tuple[str, int], Run] = {}

@@ -6,12 +6,14 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import ProgressBar
 
 from lightning_peft.callback import PEFT
 from lightning_peft.cli.app import PEFTCLI
@@ -24,6 +26,8 @@ from lightning_peft.tracking.comparison import FULL, PROBE, guessed_mode, read_r
 from lightning_peft.tracking.comparison.report import RunReport
 
 ALL = "all"
+SHOWN = 3
+"""Of what differs between two configurations, how much is named."""
 DEFAULTS: dict[str, Any] = {
     "quantization": None,
     "base_dtype": None,
@@ -48,18 +52,22 @@ class Planned:
         """Where the configuration is written when the run is started."""
         return self.folder / "config.yaml"
 
-    @property
+    @cached_property
     def text(self) -> str:
         """What is written there."""
         return yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True)
 
     def report(self) -> dict[str, Any] | None:
         """What the run reported; None where it has not ended well, or was another one."""
+        return None if self.changes() else read_report(self.folder / "report.json")
+
+    def changes(self) -> list[str]:
+        """The options by which the run in the folder was another one; all of them where there is none."""
         try:
-            same = self.file.read_text(encoding="utf-8") == self.text
-        except OSError:
-            return None
-        return read_report(self.folder / "report.json") if same else None
+            text = self.file.read_text(encoding="utf-8")
+            return [] if text == self.text else _differences(_placeless(yaml.safe_load(text)), _placeless(self.config))
+        except (OSError, yaml.YAMLError, LookupError, TypeError):
+            return list(self.config)
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,8 @@ def plan(
             trainer = config["trainer"]
             trainer |= {"default_root_dir": str(folder), "enable_progress_bar": False}
             trainer["logger"] = _loggers(label, seed, folder, logging)
-            callbacks = _callbacks(trainer)
+            # Lightning refuses a bar beside `enable_progress_bar: false`
+            callbacks = [callback for callback in _callbacks(trainer) if not _is_bar(callback)]
             for callback in callbacks:
                 arguments = callback.get("init_args") or {}
                 if arguments.get("dirpath"):
@@ -173,6 +182,21 @@ def plan(
             trainer["callbacks"] = [*callbacks, {"class_path": _path(RunReport), "init_args": report}]
             made.append(Planned(label, seed, folder, config))
     return made
+
+
+def check_folders(planned: Sequence[Planned]) -> None:
+    """Refuse to run in the folder of another run that has ended: it would be deleted.
+
+    Raises:
+        PEFTError: with each such folder, and what differs.
+    """
+    faults = []
+    for run in planned:
+        if read_report(run.folder / "report.json") is not None and (changes := run.changes()):
+            some = ", ".join(changes[:SHOWN]) + (f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else "")
+            faults.append(f"--out: {run.folder} holds a run that differs in {some}; give another --out, or delete it")
+    if faults:
+        raise PEFTError(faults)
 
 
 def metric_of(sections: Mapping[str, Mapping[str, Any]], metric: str | None, mode: str | None) -> tuple[str, str]:
@@ -240,6 +264,11 @@ def _callbacks(trainer: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(given) if isinstance(given, list) else [given]
 
 
+def _is_bar(callback: Mapping[str, Any]) -> bool:
+    cls = find_class(callback["class_path"], [pl.Callback]).cls
+    return isinstance(cls, type) and issubclass(cls, ProgressBar)
+
+
 def _loggers(label: str, seed: int, folder: Path, logging: Logging | None) -> list[dict[str, Any]]:
     csv = {"save_dir": str(folder), "name": "", "version": "logs"}
     loggers: list[dict[str, Any]] = [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": csv}]
@@ -248,6 +277,22 @@ def _loggers(label: str, seed: int, folder: Path, logging: Logging | None) -> li
         more = {"group": logging.group, "job_type": label}
         loggers.append({"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": own, "dict_kwargs": more})
     return loggers
+
+
+def _placeless(config: Mapping[str, Any]) -> Any:
+    """A run's configuration wherever its folder is, and however that was spelled."""
+    place = json.dumps(config["trainer"]["default_root_dir"])[1:-1]
+    return json.loads(json.dumps(config).replace(place, ""))
+
+
+def _differences(one: Any, other: Any, name: str = "") -> list[str]:
+    """The names of the values that differ between nested mappings."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return [] if one == other else [name]
+    keys = dict.fromkeys([*one, *other])
+    return [
+        found for key in keys for found in _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+    ]
 
 
 def _required(cls: type) -> bool:

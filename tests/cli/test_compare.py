@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.cli import compare
-from lightning_peft.cli.children import ChildInterrupted, last_lines
+from lightning_peft.cli.children import ChildInterrupted, last_lines, run_child
 from lightning_peft.cli.compare_plan import Logging, ReadingCLI, facts_of, labels_of, metric_of, plan, resolve
 from lightning_peft.methods import METHODS
 from lightning_peft.methods.errors import PEFTError
@@ -248,10 +248,58 @@ def test_runs_that_ended_well_are_not_run_again_and_a_failure_ends_nothing(
     assert "[1/4] LoRA, seed 0: was there already\n" in out
     assert "IA3" not in Path("out/results.csv").read_text()
 
-    # another budget is another run, and what failed is run once more
+    # what failed is run once more, wherever the folder is called from
     children.clear()
-    code, _, _ = command(*words, "--trainer.max_epochs", "2")
-    assert (code, names(children)) == (1, order)
+    code, _, _ = command(*words[:-3], str(Path("out").absolute()), *words[-2:])
+    assert (code, names(children)) == (1, ["IA3-seed0", "IA3-seed1"])
+
+
+def test_a_run_of_another_configuration_is_not_deleted(command: Command, children: list[Path]) -> None:
+    words = ["compare", *LORA, "--methods", "LoRA,IA3", "--out", "out", "--metric", "val_accuracy"]
+    command(*words)
+    children.clear()
+    code, out, err = command(*words, "--trainer.max_epochs", "2", "--model.width", "16")
+    assert (code, out, children) == (2, "", [])
+    assert err == (
+        "lightning-peft: --out: out/runs/LoRA-seed0 holds a run that differs in trainer.max_epochs, "
+        "model.init_args.width; give another --out, or delete it\n"
+    )
+    # one that has not ended well begins anew
+    code, _, _ = command(*words[:4], "IA3", *words[5:], "--trainer.max_epochs", "2")
+    assert (code, names(children)) == (1, ["IA3-seed0"])
+
+
+def test_a_bar_of_the_configuration_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+    callbacks = [{"class_path": name} for name in ("RichProgressBar", "LearningRateMonitor", "TQDMProgressBar")]
+    sections = resolve(labels_of(["LoRA"]), [*LORA, "--trainer.callbacks", json.dumps(callbacks)])
+    [run] = plan(sections, [0], Path("out"), None)
+    kept = [callback["class_path"].rpartition(".")[2] for callback in run.config["trainer"]["callbacks"]]
+    assert kept == ["LearningRateMonitor", "RunReport"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize(("name", "is_ignored"), [("SIGTERM", False), ("SIGHUP", False), ("SIGHUP", True)])
+def test_a_closed_terminal_ends_the_child_but_not_under_nohup(name: str, is_ignored: bool, tmp_path: Path) -> None:
+    number = signal.Signals[name]
+    before = signal.signal(number, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    told: list[int] = []
+
+    def tick() -> None:
+        if not told:
+            told.append(number)
+            os.kill(os.getpid(), number)
+
+    try:
+        if is_ignored:
+            assert run_child(["methods"], tmp_path / "log.txt", tick) == 0
+            assert "LoRA" in (tmp_path / "log.txt").read_text()
+        else:
+            with pytest.raises(ChildInterrupted):
+                run_child(["methods"], tmp_path / "log.txt", tick)
+            assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_run_begins_in_a_folder_without_remains(command: Command, children: list[Path]) -> None:

@@ -18,7 +18,14 @@ from lightning_peft.tracking.comparison.labels import label_box, overlap, place_
 from lightning_peft.tracking.comparison.plots import layer_grid, styles
 from lightning_peft.tracking.comparison.report import write_json
 from lightning_peft.tracking.comparison.statistics import Score, band, pareto, rows, verdict
-from lightning_peft.tracking.comparison.tables import content, csv_text, format_rate, format_seconds, markdown
+from lightning_peft.tracking.comparison.tables import (
+    content,
+    csv_text,
+    format_rate,
+    format_seconds,
+    markdown,
+    run_records,
+)
 
 from .made_up import comparison, layer_norms, report
 
@@ -180,13 +187,24 @@ def test_a_run_without_the_metric_has_failed_and_says_what_there_is() -> None:
     assert [made.fault(run) for run in made.failed()] == ["val_f1 was not logged; there are val_accuracy, val_loss"]
 
 
+def test_a_run_that_became_nan_is_told_by_what_it_has() -> None:
+    dead, well = report(0.7, norms={"a.0": 1.0, "a.1": 2.0}), report(0.7, norms={"a.0": 3.0, "a.1": 4.0})
+    dead["validation"][-1]["metrics"]["val_accuracy"] = None
+    dead["norms"] = {"a.0": None, "a.1": 2.0}
+    both = comparison(runs=[Run("LoRA", 0, dead), Run("LoRA", 1, well)], labels=["LoRA"])
+    [row] = rows(both)
+    assert row.last == Score(0.7, 0.7, 0.7, 1)
+    assert [record["last"] for record in run_records(both)] == [None, 0.7]
+    assert row.layers == {"a.0": 3.0, "a.1": 3.0}
+    [alone] = rows(comparison(runs=[Run("LoRA", 0, dead)], labels=["LoRA"]))
+    assert (alone.last, alone.layers) == (None, {"a.1": 2.0})
+    assert "| LoRA | 0." in markdown(both)
+
+
 def test_small_things() -> None:
-    assert [guessed_mode(name) for name in ("val_loss", "val_wer", "val_accuracy", "lossless")] == [
-        "min",
-        "min",
-        "max",
-        "max",
-    ]
+    lower = ("val_loss", "val/loss", "val_loss/dataloader_idx_0", "val_logloss", "val_wer", "valid-rmse", "Perplexity")
+    assert {guessed_mode(name) for name in lower} == {"min"}
+    assert {guessed_mode(name) for name in ("val_accuracy", "val/f1", "lossless", "answer")} == {"max"}
     traceback = "Traceback (most recent call last):\n  File x\ntorch.cuda.OutOfMemoryError: no room\n(exit code 1; log)"
     assert summary_of(traceback) == "torch.cuda.OutOfMemoryError: no room"
     assert summary_of("killed\n(was ended by SIGKILL; log)") == "(was ended by SIGKILL; log)"

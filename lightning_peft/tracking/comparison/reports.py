@@ -15,7 +15,8 @@ from lightning_peft.tracking.comparison.report import FORMAT
 FULL, PROBE = "full", "probe"
 TITLES = {FULL: "full fine-tuning", PROBE: "linear probe"}
 """The baselines by their labels, and what they are called in tables."""
-LOWER_IS_BETTER = ("loss", "perplexity", "error", "wer", "cer", "mae", "mse")
+LOWER_IS_BETTER = {"perplexity", "ppl", "nll", "bpb", "bpc", "error", "err", "mae", "mse", "rmse", "mape", "wer", "cer"}
+"""Words in the names of metrics, beside those that end in `loss`."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,17 @@ class Run:
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """`(optimizer step, value)` of each validation that gave a finite value."""
+        return [(step, value) for step, value in self._values(metric) if value is not None]
+
+    def last(self, metric: str) -> float | None:
+        """The value of the last validation that gave one; None where it was not finite."""
+        values = self._values(metric)
+        return values[-1][1] if values else None
+
+    def _values(self, metric: str) -> list[tuple[int, float | None]]:
         points = self.report["validation"] if self.report else []
-        values = [(point["step"], point["metrics"].get(metric)) for point in points]
-        return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
+        values = [(point["step"], point["metrics"][metric]) for point in points if metric in point["metrics"]]
+        return [(step, value if value is not None and math.isfinite(value) else None) for step, value in values]
 
 
 @dataclass(frozen=True)
@@ -94,8 +103,9 @@ def title_of(label: str) -> str:
 
 
 def guessed_mode(metric: str) -> str:
-    """`min` for what is known to be the better the lower it is, by a part of its name; else `max`."""
-    return "min" if set(metric.lower().split("_")) & set(LOWER_IS_BETTER) else "max"
+    """`min` for what is known to be the better the lower it is, by a word of its name; else `max`."""
+    words = re.split(r"[^a-z0-9]+", metric.lower())
+    return "min" if any(word in LOWER_IS_BETTER or word.endswith("loss") for word in words) else "max"
 
 
 def summary_of(failure: str) -> str:

@@ -39,7 +39,7 @@ class Row:
     quality: Score | None
     """The compared metric's best value of each run."""
     last: Score | None
-    """The same at the end of each run."""
+    """The same at the end of each run, where it was finite there."""
     trainable: float | None
     total: float | None
     learning_rate: float | None
@@ -93,7 +93,7 @@ def _row(comparison: Comparison, label: str) -> Row:
         label=label,
         asked=len(runs),
         quality=score([comparison.best(run) for run in good]),
-        last=score([run.curve(comparison.metric)[-1][1] for run in good]),
+        last=score([run.last(comparison.metric) for run in good]),
         trainable=same(cost("trainable")),
         total=same(cost("total")),
         learning_rate=same(score([_report(run)["learning_rate"] for run in good])),
@@ -114,9 +114,11 @@ def _report(run: Run) -> Mapping[str, Any]:
     return run.report
 
 
-def _mean_by_key(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _mean_by_key(parts: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    # a weight that has become NaN is null in a report
     keys = dict.fromkeys(key for part in parts for key in part)
-    return {key: statistics.fmean(part[key] for part in parts if key in part) for key in keys}
+    means = {key: score([part.get(key) for part in parts]) for key in keys}
+    return {key: found.mean for key, found in means.items() if found is not None}
 
 
 def pareto(points: Mapping[str, tuple[float, float]], mode: str) -> list[str]:

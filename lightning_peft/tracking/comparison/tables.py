@@ -106,11 +106,11 @@ def run_records(comparison: Comparison) -> list[dict[str, Any]]:
     """What is known of each run; None where nothing is."""
     made = []
     for run in comparison.runs:
-        report, curve = run.report or {}, run.curve(comparison.metric)
+        report = run.report or {}
         state = "failed" if comparison.fault(run) else "finished" if report else "not run"
         record: dict[str, Any] = {"method": run.label, "seed": run.seed, "state": state}
         record["best"] = comparison.best(run)
-        record["last"] = curve[-1][1] if curve else None
+        record["last"] = run.last(comparison.metric)
         record |= {name: report.get(name) for name in ("learning_rate", "steps", "seconds")}
         made.append(record | {name: report.get("cost", {}).get(name) for name in COST_COLUMNS})
     return made
