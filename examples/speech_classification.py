@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     random = np.random.default_rng(0)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     folder = Path("runs/speech_classification")
+    shutil.rmtree(folder, ignore_errors=True)  # sounds of another run would be classes too
     old, new = ("aeu", "iou") if given.short else ("aeou", "aeiou")
     known = ["".join(pair) for pair in itertools.permutations(old, 2)]
     others = [name for name in map("".join, itertools.permutations(new, 2)) if name not in known]

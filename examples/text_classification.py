@@ -24,12 +24,14 @@ from lightning_peft.tracking import count
 
 @torch.inference_mode()
 def features(model: torch.nn.Module, batches: Any) -> tuple[np.ndarray, np.ndarray]:
-    """What the head would read, without the adapters, float32 of shape (rows, hidden), and the labels."""
+    """The mean of each text's tokens, by which this encoder was pretrained to be read, without the adapters: float32 of
+    shape (rows, hidden); and the labels."""
     made = []
     with disable_adapters(model):
         for batch in batches:
-            labels = batch.pop("labels")
-            made.append((model.bert(**batch).pooler_output, labels))
+            labels, mask = batch.pop("labels"), batch["attention_mask"][..., None]
+            tokens = model.bert(**batch).last_hidden_state
+            made.append(((tokens * mask).sum(1) / mask.sum(1), labels))
     vectors, classes = (torch.cat(parts).numpy() for parts in zip(*made, strict=True))
     return vectors, classes
 

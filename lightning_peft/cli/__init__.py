@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
+    if verb in LISTS and {"-h", "--help"} & set(rest):
+        print(f"usage: lightning-peft {verb}\n\n{LISTS[verb]}")
+        return 0
     if verb == "methods":
         from lightning_peft.cli.methods import show_methods
 

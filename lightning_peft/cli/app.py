@@ -35,6 +35,7 @@ from lightning_peft.cli.classes import find_class
 from lightning_peft.cli.closing import interruption, print_closing
 from lightning_peft.cli.faults import callback_faults, find_faults, method_fault, value_faults
 from lightning_peft.cli.inspect import InspectingTrainer
+from lightning_peft.cli.reading import read_arguments
 from lightning_peft.cli.reporting import Interrupted
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
@@ -152,12 +153,18 @@ class PEFTCLI(LightningCLI):
         self._advise_rate()
 
     def _advise_rate(self) -> None:
-        """Give a model that takes a learning rate, and is given none, the one that suits the method."""
+        """Give a model that takes a learning rate, and is given none, the one that suits the method; and an optimizer
+        of the model's, where it is given none, the model's."""
         section = self.config[self.verb]
         arguments, method = section.model.get("init_args"), (section.peft or {}).get("method")
-        if method and arguments is not None and "learning_rate" in arguments and arguments["learning_rate"] is None:
+        if arguments is None or "learning_rate" not in arguments:
+            return
+        if method and arguments["learning_rate"] is None:
             cls = find_class(method.class_path, [Method]).cls
             arguments["learning_rate"] = getattr(cls, "learning_rate", None)
+        optimizer = arguments.get("optimizer")
+        if optimizer and arguments["learning_rate"] is not None and not _names_rate(self._options()):
+            optimizer.init_args["lr"] = arguments["learning_rate"]
 
     def instantiate_classes(self) -> None:
         """As LightningCLI does, by the parser's current function."""
@@ -266,6 +273,16 @@ class PEFTCLI(LightningCLI):
         if path and path not in ("best", "last", "hpc") and ":" not in str(path) and not Path(path).is_dir():
             # without the tensors: a bad file is told before data is prepared
             read_checkpoint(path, "meta", options.get("weights_only") is not False)
+
+
+def _names_rate(words: list[str]) -> bool:
+    """Whether a configuration gives the model's optimizer a learning rate of its own, or hides it in another file."""
+    found: Any = read_arguments(words)[0]
+    for name in ("model", "init_args", "optimizer"):
+        if not isinstance(found, dict) or name not in found:
+            return True
+        found = found[name]
+    return isinstance(found, dict) and "lr" in (found.get("init_args") or {})
 
 
 def _is_a(section: Any, cls: type) -> bool:

@@ -17,7 +17,8 @@ from lightning_peft.callback import AdaptedModule
 from lightning_peft.tracking.tables import format_bytes
 
 MAJORITY = "val_majority"
-"""The metric that others are to be read against: the accuracy of always naming the most frequent class."""
+"""The metric that `ACCURACY` is to be read against: that of always naming the most frequent class."""
+ACCURACY = "val_accuracy"
 
 
 def print_closing(trainer: pl.Trainer, class_path: str, words: Sequence[str]) -> None:
@@ -81,7 +82,7 @@ def _metrics_table(metrics: dict[str, float], trainer: pl.Trainer) -> Table:
             "metric": name,
             "last epoch": f"{value:.4f}",
             "best epoch": "" if best is None else f"{float(best):.4f}",
-            "majority baseline": f"{majority:.4f}" if majority is not None and "acc" in name else "",
+            "majority baseline": f"{majority:.4f}" if majority is not None and name == ACCURACY else "",
         }
         table.add_row(*(cells[header] for header in headers))
     return table

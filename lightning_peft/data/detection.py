@@ -53,8 +53,8 @@ class DetectionData(AnnotatedImages):
 
     A COCO file is an object with `images` (`id`, `file_name` and, if wanted, `width` and `height`), `annotations`
     (`image_id`, `category_id`, `bbox` as left, top, width and height in pixels, and, if wanted, `area` and `iscrowd`)
-    and `categories` (`id`, `name`). Class 0 is the category of the lowest id. A test file without `annotations` serves
-    for prediction only. Every image's header is read before training.
+    and `categories` (`id`, `name`). What is there if wanted may be null too. Class 0 is the category of the lowest id.
+    A test file without `annotations` serves for prediction only. Every image's header is read before training.
 
     Args:
         path: a COCO file; or a folder with one beside the images, or with folders `train`, `validation` (or `valid`,
@@ -226,7 +226,8 @@ def _images(images: list[Any], faults: dict[str, list[str]]) -> dict[Any, dict[s
         elif key in rows:
             faults.setdefault("images of the same id as one before", []).append(f"{number} ({key})")
         else:
-            size = [image["width"], image["height"]] if image.keys() >= {"width", "height"} else []
+            sides = [image.get("width"), image.get("height")]
+            size = [] if None in sides else sides
             rows[key] = {"file_name": name, "size": size, **{column: [] for column in _ANNOTATION}}
     return rows
 
@@ -248,7 +249,7 @@ def _enter(annotation: Any, rows: Mapping[Any, dict[str, Any]], index: Mapping[A
     row["boxes"].append([float(side) for side in box])
     row["labels"].append(index[category])
     row["area"].append(float(annotation.get("area") or box[2] * box[3]))
-    row["iscrowd"].append(int(annotation.get("iscrowd", 0)))
+    row["iscrowd"].append(int(annotation.get("iscrowd") or 0))
     return None
 
 

@@ -36,7 +36,11 @@ FORMATS = {
     ".arrow": _Format("Arrow", "arrow", {}),
     ".txt": _Format("text", "text", {"sample_by": "document"}),
 }
-SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"), "test": "test"}
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 _FAULTS_TOLD = 5
 _BLOCK = 10 << 20
 """Bytes of a JSONL file whose columns are looked at together."""

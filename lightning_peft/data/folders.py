@@ -79,9 +79,14 @@ def folders_by_split(
     # a class may be called "train" too; the folder of the split has the classes' folders
     if not any(SPLITS.get(entry.name.lower()) == "train" and (held or subfolders)(entry) for entry in inside):
         return {split: folder}, []
+    return by_split(inside, field)
+
+
+def by_split(folders: list[Path], field: str) -> tuple[dict[str, Path], list[str]]:
+    """Folders by the split that their names mean, and what is wrong; `field` is for the error messages."""
     found: dict[str, Path] = {}
     faults = []
-    for entry in inside:
+    for entry in folders:
         name = SPLITS.get(entry.name.lower())
         if name is None or name in found:
             reason = "is no split" if name is None else f"is the split {found[name].name!r} again"
@@ -110,7 +115,7 @@ def labelled_files(
     if not classes:
         faults.append(f"{field}: {folder} has no folder per class" + (f"; its {kind}s lie loose" if loose else ""))
     elif loose:
-        faults.append(f"{field}: in {folder} {_counted(loose, folder)} beside the folders of the classes")
+        faults.append(f"{field}: in {folder} {counted_in(loose, folder)} beside the folders of the classes")
     if split == "train" and len(classes) == 1:
         faults.append(f"{field}: {folder} has one class only, {classes[0].name!r}; a classifier needs two or more")
     found: list[tuple[Path, str | None]] = []
@@ -121,7 +126,7 @@ def labelled_files(
         found += [(file, place.name) for file in files]
     if unknown := [file for file, _ in found if file.suffix.lower() not in suffixes]:
         faults.append(
-            f"{field}: in {folder} {_counted(unknown, folder)} with an unknown suffix; {kind}s: {' '.join(suffixes)}"
+            f"{field}: in {folder} {counted_in(unknown, folder)} with an unknown suffix; {kind}s: {' '.join(suffixes)}"
         )
     return found, faults
 
@@ -150,6 +155,7 @@ def files_in(folder: Path, pattern: str) -> list[Path]:
     return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(folder).parts))
 
 
-def _counted(files: list[Path], folder: Path) -> str:
+def counted_in(files: list[Path], folder: Path) -> str:
+    """How many files lie in a folder and what their names are, as a part of a message."""
     count = "1 file lies" if len(files) == 1 else f"{len(files):,} files lie"
     return f"{count} ({listed([file.relative_to(folder).as_posix() for file in files])})"

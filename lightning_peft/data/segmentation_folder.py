@@ -13,7 +13,8 @@ import torch
 
 from lightning_peft.data.annotated import IMAGE, AnnotatedImages, read_named, upright_size
 from lightning_peft.data.file_rows import listed, reason_of
-from lightning_peft.data.folders import files_in, folders_by_split
+from lightning_peft.data.files import SPLITS
+from lightning_peft.data.folders import by_split, counted_in, files_in, folders_by_split, subfolders
 from lightning_peft.data.image_folder import ImageFolderData
 from lightning_peft.data.labels import IGNORED
 from lightning_peft.data.module import Collate
@@ -38,9 +39,10 @@ class SegmentationFolderData(AnnotatedImages):
     the id of its class from 0: grey, or of a palette whose colours don't matter. All masks are read before training.
 
     Args:
-        path: a folder with the folders `images` and `masks`, or with folders `train`, `validation` (or `valid`, `val`,
-            `dev`) and `test` of these; `a/b.jpg` in one goes with `a/b.png` in the other. A folder `test` may have
-            `images` alone, which serve for prediction only.
+        path: a folder with the folders `images` and `masks`, which may both have folders `train`, `validation` (or
+            `valid`, `val`, `dev`) and `test`; or a folder with folders of these names, which have `images` and `masks`
+            each. `a/b.jpg` in one goes with `a/b.png` in the other. Test images without any mask serve for prediction
+            only.
         classes: the classes' names by id, or a file with one on each line; by default the file `classes.txt` in `path`,
             else the numbers that the training masks hold, up to the highest.
         ignore_index: the value of a pixel of no class.
@@ -52,7 +54,7 @@ class SegmentationFolderData(AnnotatedImages):
     Raises:
         PEFTError: by the constructor, a number is out of its range; by `setup`, data that can't be trained on: a mask
             without an image or the other way round, of another size or with values that are no class; files that can't
-            be read; fewer than two classes.
+            be read; fewer than two classes; `images` with some folders of splits, but without `train`.
     """
 
     annotations: ClassVar[str] = "masks"
@@ -78,10 +80,10 @@ class SegmentationFolderData(AnnotatedImages):
 
         if not place.is_dir():
             return {}, [f"{field}: {place} is no folder; one with `images` and `masks` is needed"]
-        found, faults = folders_by_split(place, field, split)
+        found, faults = _places(place, field, split)
         tables = {}
-        for name, folder in found.items():
-            columns, told = _pairs(folder, field, name)
+        for name, (images, masks) in found.items():
+            columns, told = _pairs(images, masks, field, name)
             tables[name] = Dataset.from_dict(columns)
             faults += told
         return tables, faults
@@ -183,11 +185,29 @@ class SegmentationFolderData(AnnotatedImages):
         return faults
 
 
-def _pairs(folder: Path, field: str, split: str) -> tuple[dict[str, list[str]], list[str]]:
+def _places(place: Path, field: str, split: str) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """The folders of each split's images and masks, and what is wrong; splits are in `place` or in both folders."""
+    images, masks = place / "images", place / "masks"
+    inside = [subfolders(top) if top.is_dir() else [] for top in (images, masks)]
+    found, faults = folders_by_split(place, field, split)
+    if place not in found.values() or not any(entry.name.lower() in SPLITS for entry in inside[0]):
+        return {name: (folder / "images", folder / "masks") for name, folder in found.items()}, faults
+    (pictures, faults), (answers, told) = (by_split(entries, field) for entries in inside)
+    faults += told
+    if split == "train" and "train" not in pictures:
+        faults.append(f"{field}: {images} has folders of splits, but none of them is `train`")
+    for top in (images, masks):
+        if loose := list(_by_name(top, "*").values()):
+            faults.append(f"{field}: in {top} {counted_in(loose, top)} beside the folders of the splits")
+    names = [*pictures, *(name for name in answers if name not in pictures)]
+    return {name: (pictures.get(name, images / name), answers.get(name, masks / name)) for name in names}, faults
+
+
+def _pairs(pictures: Path, answers: Path, field: str, split: str) -> tuple[dict[str, list[str]], list[str]]:
     """The columns of images and masks of the same names, and what is wrong."""
-    images, masks = (_by_name(folder / name) for name in ("images", "masks"))
+    images, masks = _by_name(pictures), _by_name(answers)
     if not images:
-        return {IMAGE: []}, [f"{field}: {folder / 'images'} holds no image"]
+        return {IMAGE: []}, [f"{field}: {pictures} holds no image"]
     if split == "test" and not masks:
         return {IMAGE: [str(images[name]) for name in images]}, []
     faults = []
@@ -200,9 +220,9 @@ def _pairs(folder: Path, field: str, split: str) -> tuple[dict[str, list[str]], 
     return {IMAGE: [str(images[name]) for name in both], MASK: [str(masks[name]) for name in both]}, faults
 
 
-def _by_name(folder: Path) -> dict[str, Path]:
-    """The images at any depth of a folder, by their names without a suffix."""
-    files = files_in(folder, "**/*") if folder.is_dir() else []
+def _by_name(folder: Path, pattern: str = "**/*") -> dict[str, Path]:
+    """The images in a folder, by default at any depth, by their names without a suffix."""
+    files = files_in(folder, pattern) if folder.is_dir() else []
     known = [file for file in files if file.suffix.lower() in ImageFolderData.suffixes]
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in known}
 

@@ -45,8 +45,9 @@ class SpeechRecognitionData(SoundData):
 
     Args:
         path: a table with a column of files, relative to where it lies, and one of transcripts; a folder with such a
-            table in `metadata.csv` or `metadata.jsonl`, whose files may be in the column `file_name`; or a folder with
-            folders `train`, `validation` and `test` of these. Test sounds without transcripts serve for prediction.
+            table in `metadata.csv` or `metadata.jsonl`, whose files may be in the column `file_name`, and whose rows
+            are each of the split in whose folder (`train`, `validation` or `test`) its file lies, where there are any;
+            or a folder with such folders, each with a table. Test sounds without transcripts serve for prediction.
         text_column: the column of transcripts.
         tokenizer: a hub id, a folder or `package:NAME/folder`; or `characters`, those of the training transcripts; by
             default the processor's, and the characters where it has none.
@@ -59,7 +60,8 @@ class SpeechRecognitionData(SoundData):
 
     Raises:
         PEFTError: by the constructor, a number is out of its range; by `setup`, data that can't be trained on: a
-            missing column, an empty transcript, characters of which most are unknown, a sound that can't be read.
+            missing column, an empty transcript, characters of which most are unknown, a sound that can't be read, a
+            tokenizer whose tokens don't show where words begin.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class SpeechRecognitionData(SoundData):
         from datasets import Dataset
 
         places = {SPLITS[place.name.lower()]: place for place in subfolders(folder) if place.name.lower() in SPLITS}
-        if "train" not in places or _metadata(folder):
+        if file := _metadata(folder):
+            return self._by_folder(self._relative(load_file(str(file), field), folder), places, file, field, split)
+        if "train" not in places:
             places = {split: folder}
         tables: dict[str, Dataset] = {}
         for name, place in places.items():
@@ -134,6 +138,11 @@ class SpeechRecognitionData(SoundData):
         self.tokenizer = self._load_tokenizer(source)
         self.vocabulary, self._cased = vocabulary_of(self.tokenizer), str
         if not hasattr(self.tokenizer, "word_delimiter_token"):
+            if " " not in self.vocabulary and not any(token.startswith("▁") for token in self.vocabulary):
+                raise PEFTError(
+                    "tokenizer: its tokens don't show where words begin, by `|`, a space or `▁`; use "
+                    f"tokenizer={CHARACTERS} for one whose tokens do"
+                )
             return  # its tokens are parts of words
         unknown = unknown_characters(self.tokenizer, self._characters)
         for cased in (str.lower, str.upper):
@@ -185,11 +194,39 @@ class SpeechRecognitionData(SoundData):
             table = table.rename_column(FILE_NAME, self.file_column)
         return absolute(table, self.file_column, str(folder.absolute()))
 
+    def _by_folder(
+        self, table: Dataset, places: Mapping[str, Path], file: Path, field: str, split: str
+    ) -> dict[str, Dataset]:
+        """The rows of a folder's table by the split in whose folder their files lie; all in `split` if none does."""
+        rows: dict[str, list[int]] = {}
+        loose = []
+        for row, sound in enumerate(table[self.file_column][:] if self.file_column in table.column_names else []):
+            name = next((name for name, place in places.items() if _lies_in(sound, place)), None)
+            if name is None:
+                loose.append(sound)
+            else:
+                rows.setdefault(name, []).append(row)
+        if not rows:
+            return {split: table}
+        if loose:
+            raise PEFTError(
+                f"{field}: {len(loose):,} of the {len(table):,} sounds in {file} lie in no folder of a split, as the "
+                f"others do: {listed(loose)}"
+            )
+        if split == "train" and "train" not in rows:
+            raise PEFTError(f"{field}: the sounds in {file} lie in folders of splits, but none of them in `train`")
+        return {name: table.select(numbers) for name, numbers in rows.items()}
+
     def _load_tokenizer(self, source: str) -> Any:
         if self.tokenizer_name not in (None, CHARACTERS):
             return load_tokenizer(str(self.tokenizer_name), 0)
         found = None if self.tokenizer_name == CHARACTERS else processor_tokenizer(source)
         return character_tokenizer(self._characters) if found is None else found
+
+
+def _lies_in(file: Any, folder: Path) -> bool:
+    """Whether the column's value is the path of a file in the folder."""
+    return isinstance(file, str) and Path(file).is_relative_to(folder.absolute())
 
 
 def _metadata(folder: Path) -> Path | None:
@@ -221,7 +258,7 @@ def _rows(
     if len(columns) == 1:
         return rows
     texts = [cased(" ".join(text.split())) for text in batch[columns[1]]]
-    return {**rows, "labels": tokenizer(texts)["input_ids"]}
+    return {**rows, "labels": tokenizer(texts, add_special_tokens=False)["input_ids"]}
 
 
 def _collate(rows: list[dict[str, Any]], extractor: Any) -> dict[str, torch.Tensor]:

@@ -184,7 +184,10 @@ class Method:
         Raises:
             PEFTError: with every reason why HF peft can't express it.
         """
-        raise PEFTError(f"{type(self).__name__} has no form in HF peft; merge(model) and save the whole model instead")
+        raise PEFTError(
+            f"{type(self).__name__} has no form in HF peft; load its checkpoint by load_from_checkpoint, or save the "
+            "whole model by save_merged if it can be folded into the weights"
+        )
 
     def peft_tensors(self, root: PeftRoot, attached: Mapping[str, Adapter]) -> dict[str, PeftTensor]:
         """The adapter's tensors by their keys in HF peft's file, `peft_prefix` included.

@@ -130,9 +130,10 @@ class MeanAveragePrecision(Metric):
         from faster_coco_eval import COCO, COCOeval_faster
 
         found, truth = _rows(self.found, 7), _rows(self.truth, 8)
+        known = set(truth[:, 1].tolist())
         data = {
             "images": [{"id": int(image)} for image in np.unique([*found[:, 0], *truth[:, 0]])],
-            "categories": [{"id": int(label)} for label in np.unique(truth[:, 1])],
+            "categories": [{"id": int(label)} for label in sorted(known)],
             "annotations": [
                 {
                     "id": number,
@@ -148,7 +149,7 @@ class MeanAveragePrecision(Metric):
         answers = [
             {"image_id": int(image), "category_id": int(label), "score": score, "bbox": _sides(box)}
             for image, label, score, *box in found.tolist()
-            if label in truth[:, 1]
+            if label in known
         ]
         if truth.size == 0:
             return {name: torch.tensor(torch.nan) for name in self.names}

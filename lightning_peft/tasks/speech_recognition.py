@@ -15,6 +15,7 @@ from lightning_peft.tasks.task import IGNORED, Batch, Outcome, Task
 from lightning_peft.tasks.text_metrics import CharacterErrors, WordErrors
 
 _MARK = re.compile(r"<.+>|\[.+\]")
+_UNKNOWN = "\ufffd"
 
 
 class SpeechRecognition(Task):
@@ -23,8 +24,8 @@ class SpeechRecognition(Task):
     A batch holds `labels`, int64 of shape (batch, tokens), filled up with -100, and what the model is called with, as
     keywords. The loss is CTC's (Graves et al. 2006), divided by the number of labels; a row with more of them than its
     frames can spell adds nothing to it. Beside it, `val_wer` and `val_cer` are the errors in words and in characters of
-    the likeliest character of each frame, without a language model, as a part of those in all transcripts. Rows without
-    labels are left out.
+    the likeliest character of each frame, without a language model, as a part of those in all transcripts, where a
+    character that the vocabulary lacks is one that no answer has. Rows without labels are left out.
 
     Args:
         model: see `Task`; a given module's output is logits of shape (batch, frames, tokens) or has them as `.logits`.
@@ -123,9 +124,12 @@ def blank_of(tokens: Sequence[str]) -> int:
 
 
 def spelled(tokens: Sequence[str], ids: Sequence[int]) -> str:
-    """The text of token ids; `|` is the space between words where there is no other."""
-    text = "".join(tokens[number] for number in ids)
-    return text if " " in tokens else text.replace("|", " ")
+    """The text of token ids, without space around it; a mark such as `<unk>` is one character, U+FFFD.
+
+    Where no token is the space between words, `|` is, and so is the `▁` of tokens that are parts of words.
+    """
+    text = "".join(_UNKNOWN if _MARK.fullmatch(tokens[number]) else tokens[number] for number in ids)
+    return (text if " " in tokens else text.replace("|", " ").replace("▁", " ")).strip()
 
 
 def heard(tokens: Sequence[str], frames: Sequence[int]) -> str:
@@ -133,7 +137,7 @@ def heard(tokens: Sequence[str], frames: Sequence[int]) -> str:
     starts = [token for token, before in zip(frames, [IGNORED, *frames], strict=False) if token != before]
     blank = blank_of(tokens)
     kept = [token for token in starts if token not in (IGNORED, blank) and not _MARK.fullmatch(tokens[token])]
-    return spelled(tokens, kept).strip()
+    return spelled(tokens, kept)
 
 
 def _likeliest(logits: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:

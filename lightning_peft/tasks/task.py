@@ -46,7 +46,8 @@ class Task(L.LightningModule, ABC):
         learning_rate: AdamW's, at its highest; by default what a configuration's method advises, else 1e-4.
         weight_decay: AdamW's.
         warmup_ratio: the part of all optimizer steps over which the rate rises, before it falls along a cosine.
-        optimizer: another optimizer, in place of AdamW with these values.
+        optimizer: another optimizer, in place of AdamW with these values. In a configuration, one that is given no `lr`
+            gets `learning_rate`.
         lr_scheduler: another schedule, stepped once an epoch.
         model_options: passed on to `from_pretrained`, such as `{revision: main, attn_implementation: eager}`.
         trust_remote_code: lets a model on the hub run the code that it comes with.

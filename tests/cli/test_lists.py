@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from lightning_peft.cli import LISTS
 from lightning_peft.cli.classes import parameters
 from lightning_peft.methods import METHODS
 
@@ -74,4 +75,6 @@ def test_env_shows_versions_cores_and_memory(command: Command) -> None:
 
 
 def test_env_takes_no_arguments(command: Command) -> None:
+    for verb, flag in (("env", "--help"), ("methods", "-h")):
+        assert command(verb, flag) == (0, f"usage: lightning-peft {verb}\n\n{LISTS[verb]}\n", "")
     assert command("env", "x") == (2, "", "lightning-peft: env takes no arguments, not 'x'\n")

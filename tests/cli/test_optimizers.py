@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_peft.cli.compare_plan import ReadingCLI
 from lightning_peft.state import read_checkpoint
 
 from .conftest import Command
@@ -39,6 +40,30 @@ def test_the_section_is_carried_out_over_what_trains(
     assert len(group["params"]) == len(names) == 6
     assert (group["initial_lr"], group["lr"]) == (0.2, 0.1)
     assert set(optimizer["state"]) == set(range(6))
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        (["--model.learning_rate=2e-4"], 2e-4),
+        (["--peft.method=IA3"], 3e-2),
+        (["--peft.method=IA3", "--model.learning_rate=2e-4"], 2e-4),
+        (["--model.learning_rate=2e-4", "--model.optimizer.lr=0.5"], 0.5),
+        (["--peft.method=IA3", "--config=own.yaml"], 0.25),
+        ([], 1e-3),  # torch's
+    ],
+)
+def test_a_models_optimizer_gets_the_models_rate_unless_it_has_its_own(
+    words: list[str], rate: float, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(folder)
+    (folder / "task.yaml").write_text(
+        "model: {class_path: SequenceClassification, init_args: {model: somewhere, optimizer: torch.optim.SGD}}\n"
+        "data: {class_path: cli_toy.ToyData}\n"
+    )
+    (folder / "own.yaml").write_text("model: {init_args: {optimizer: {init_args: {lr: 0.25}}}}\n")
+    arguments = ReadingCLI(["fit", "--config", "task.yaml", *words]).section()["model"]["init_args"]
+    assert arguments["optimizer"]["init_args"]["lr"] == rate
 
 
 def test_the_section_before_a_model_that_is_built_late(command: Command, folder: Path) -> None:

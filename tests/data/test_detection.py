@@ -116,6 +116,17 @@ def test_split_folders_image_folders_and_test_images_without_boxes(tmp_path: Pat
     assert data.class_counts == [2, 1]
 
 
+def test_null_is_as_good_as_nothing(tmp_path: Path, processor: str) -> None:
+    path = coco(tmp_path, [box(0, 7, 0, 0, 10, 10, iscrowd=None, area=None)])
+    content = json.loads(Path(path).read_text())
+    content["images"][1] |= {"width": None, "height": None}
+    Path(path).write_text(json.dumps(content))
+    data = DetectionData(path, validation_path=path, processor=processor)
+    data.setup()
+    (batch,) = data.val_dataloader()
+    assert (batch["labels"][0]["iscrowd"].tolist(), batch["labels"][0]["area"].tolist()) == ([0], [100])
+
+
 def test_rows_that_fill_up_do_not_count(tmp_path: Path, processor: str) -> None:
     path = coco(tmp_path, TWO)
     data = DetectionData(path, validation_path=path, processor=processor)

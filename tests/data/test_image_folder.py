@@ -76,14 +76,14 @@ def test_folder_of_classes(workers: int, squares: Path, processor: str) -> None:
 
 
 def test_split_folders_and_test_images_without_classes(tmp_path: Path, processor: str) -> None:
-    for split, count in (("train", 3), ("Val", 2)):
+    for split, count in (("Training", 3), ("Val", 2)):
         for name in ("train", "red"):  # a class may be called like a split
             for number in range(count):
                 paint(tmp_path / split / name / "deep" / f"{number}.JPG", COLOURS["red"])
     for number in range(2):
         paint(tmp_path / "test" / f"{number}.png", COLOURS["green"])
-    (tmp_path / "train" / "red" / ".DS_Store").write_bytes(b"x")
-    (tmp_path / "train" / ".cache").mkdir()
+    (tmp_path / "Training" / "red" / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "Training" / ".cache").mkdir()
     (tmp_path / "README.md").write_text("what this is")
     data = ImageFolderData(str(tmp_path), processor=processor)
     data.setup()

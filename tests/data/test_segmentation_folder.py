@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,60 @@ def test_split_folders_names_and_test_images_without_masks(tmp_path: Path, proce
     with pytest.raises(PEFTError) as caught:
         data.test_dataloader()
     assert str(caught.value) == "test_path: there are no test images with masks; give some"
+
+
+def splits_inside(folder: Path, **counts: int) -> Path:
+    """Images and masks in folders of splits within `images` and `masks`."""
+    for split, count in counts.items():
+        for number in range(count):
+            pair(folder / split, str(number), [[0, 1], [1, 1]])
+        for kind in ("images", "masks"):
+            (folder / kind).mkdir(exist_ok=True)
+            (folder / split / kind).rename(folder / kind / split)
+        (folder / split).rmdir()
+    return folder
+
+
+def test_split_folders_within_images_and_masks(tmp_path: Path, processor: str) -> None:
+    folder = splits_inside(tmp_path / "a", train=6, val=4, Test=3)
+    (folder / "masks" / "val").rename(folder / "masks" / "valid")
+    data = SegmentationFolderData(str(folder), processor=processor)
+    data.setup()
+    assert {split: len(rows) for split, rows in data._encoded.items()} == {"train": 6, "validation": 4, "test": 3}
+    table = data._encoded["validation"].with_format(None)
+    assert (table["image"][3], table["mask"][3]) == (f"{folder}/images/val/3.png", f"{folder}/masks/valid/3.png")
+    assert tuple(next(iter(data.test_dataloader()))["labels"].shape) == (3, 4, 4)
+    # test images without masks
+    shutil.rmtree(folder / "masks" / "Test")
+    data = SegmentationFolderData(str(folder), processor=processor)
+    data.setup()
+    assert sorted(next(iter(data.predict_dataloader()))) == ["pixel_values"]
+    # a path of its own for one of them
+    other = splits_inside(tmp_path / "b", val=2)
+    with_path = SegmentationFolderData(str(folder), validation_path=str(other), processor=processor)
+    with_path.setup()
+    assert len(with_path._encoded["validation"]) == 2
+
+
+def test_faulty_split_folders_within_images_and_masks(tmp_path: Path, processor: str) -> None:
+    folder = splits_inside(tmp_path / "a", older=1, val=1)
+    beside = "beside `train` there may be `validation` and `test`"
+    assert fault(SegmentationFolderData(str(folder), processor=processor)) == [
+        f"path: {folder}/images/older is no split; {beside}",
+        f"path: {folder}/masks/older is no split; {beside}",
+        f"path: {folder}/images has folders of splits, but none of them is `train`",
+    ]
+    folder = splits_inside(tmp_path / "b", train=2, val=1, dev=1)
+    shutil.rmtree(folder / "masks" / "dev")
+    (folder / "images" / "train" / "1.png").rename(folder / "images" / "1.png")
+    (folder / "images" / "notes.txt").write_text("not an image")
+    shutil.copytree(folder / "masks" / "val", folder / "masks" / "test")
+    assert fault(SegmentationFolderData(str(folder), processor=processor)) == [
+        f"path: {folder}/images/val is the split 'dev' again; {beside}",
+        f"path: in {folder}/images 1 file lies (1.png) beside the folders of the splits",
+        f"path: 1 mask has no image of the same name: {folder}/masks/train/1.png",
+        f"path: {folder}/images/test holds no image",
+    ]
 
 
 def test_masks_of_all_kinds(tmp_path: Path, processor: str) -> None:

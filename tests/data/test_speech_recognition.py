@@ -15,6 +15,7 @@ import torch
 from lightning_peft.data import SpeechRecognitionData
 from lightning_peft.data.characters import character_tokenizer, count_characters, unknown_characters, vocabulary_of
 from lightning_peft.methods.errors import PEFTError
+from lightning_peft.tasks.speech_recognition import spelled
 from tests.stand_ins import save_spoken
 
 Write = Callable[..., str]
@@ -87,16 +88,68 @@ def test_splits_in_folders_of_which_that_of_tests_has_no_transcripts(
     with pytest.raises(PEFTError, match="test_path: there are no test sounds with transcripts; give some"):
         data.test_dataloader()
 
-    # one table for all, whose files lie in folders
-    (tmp_path / "all" / "metadata.csv").write_text("file_name,text\ntrain/0.wav,a\ndev/1.wav,b\n")
-    data = SpeechRecognitionData(str(tmp_path / "all"), processor=extractor, validation_fraction=0)
-    data.setup()
-    assert [row["labels"] for row in data._encoded["train"]] == [[3], [4]]
-
-    (tmp_path / "all" / "metadata.csv").unlink()
     (tmp_path / "all" / "dev" / "metadata.csv").unlink()
     (told,) = faults(SpeechRecognitionData(str(tmp_path / "all"), processor=extractor))
     assert told == f"path: {tmp_path}/all/dev has no metadata.csv or metadata.jsonl with the transcripts"
+
+
+def test_one_table_for_folders_of_splits_or_others(spoken: Path, tmp_path: Path, extractor: str) -> None:
+    for name in ("train", "dev", "test", "more"):
+        shutil.copytree(spoken, tmp_path / "all" / name)
+
+    def data(*rows: str) -> SpeechRecognitionData:
+        (tmp_path / "all" / "metadata.csv").write_text("\n".join(["file_name,text", *rows]) + "\n")
+        return SpeechRecognitionData(str(tmp_path / "all"), processor=extractor, validation_fraction=0)
+
+    def labels(data: SpeechRecognitionData) -> dict[str, list[list[int]]]:
+        data.setup()
+        return {split: [row["labels"] for row in rows] for split, rows in data._encoded.items()}
+
+    # the vocabulary is that of the training transcripts
+    found = labels(data("train/0.wav,a", "dev/1.wav,b", "train/2.wav,b", "test/1.wav,a b"))
+    assert found == {"train": [[3], [4]], "validation": [[4]], "test": [[3, 2, 4]]}
+    # folders of other names mean nothing
+    assert labels(data("more/0.wav,a", "more/1.wav,b")) == {"train": [[3], [4]]}
+
+    table = tmp_path / "all" / "metadata.csv"
+    assert faults(data("train/0.wav,a", "more/1.wav,b")) == [
+        f"path: 1 of the 2 sounds in {table} lie in no folder of a split, as the others do: {tmp_path}/all/more/1.wav"
+    ]
+    assert faults(data("test/0.wav,a", "dev/1.wav,b")) == [
+        f"path: the sounds in {table} lie in folders of splits, but none of them in `train`"
+    ]
+
+
+def save_parts(folder: Path, mark: str) -> None:
+    """A tokenizer of parts of words, with a mark where one begins, that ends every text for other models."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<pad>", "</s>", mark, f"{mark}ab", *"abcd"]
+    made = tokenizers.Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], 0, False))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(mark)
+    made.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>").save_pretrained(folder)
+
+
+def test_tokenizer_of_parts_of_words(spoken: Path, extractor: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(extractor, folder)
+    save_parts(folder, "▁")
+    data = SpeechRecognitionData(str(spoken), validation_path=str(spoken), processor=str(folder))
+    (batch,) = batches(data)
+    # without the end
+    assert batch["labels"][0].tolist() == [3, 2, 6, 4, 7]
+    assert [spelled(data.vocabulary, [number for number in row if number >= 0]) for row in batch["labels"]] == [
+        " ".join(text.split()) for text in TEXTS
+    ]
+
+    save_parts(folder, "Ġ")
+    assert faults(SpeechRecognitionData(str(spoken), validation_path=str(spoken), processor=str(folder))) == [
+        "tokenizer: its tokens don't show where words begin, by `|`, a space or `▁`; use tokenizer=characters for one "
+        "whose tokens do"
+    ]
 
 
 def test_long_sounds_are_left_out_of_training_and_whole_elsewhere(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_peft import PEFT, LoRA
 from lightning_peft.data import DetectionData
 from lightning_peft.methods.errors import PEFTError
-from lightning_peft.tasks import ObjectDetection
+from lightning_peft.tasks import ObjectDetection, boxes
 from lightning_peft.tasks.boxes import BOX_SCORES, MeanAveragePrecision, corners
 from tests import stand_ins
 
@@ -106,6 +107,24 @@ def test_crowds_are_kept_from_the_loss_and_known_to_the_metric(tmp_path: Path) -
     found = scores(tmp_path, with_crowd, metrics=["map", "map_small", "map_medium"])
     assert found.pop("test_map_medium") != found["test_map"], "the boxes' area is said to be small"
     assert found == {"test_loss": 1, "test_map": 1, "test_map_small": 1}
+
+
+def test_answers_are_not_each_sought_among_all_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some hundred thousand answers would take minutes."""
+
+    class Unsought(np.ndarray[Any, Any]):
+        def __contains__(self, value: object) -> bool:
+            raise AssertionError("all boxes are looked through for one answer")
+
+    rows = boxes._rows
+    monkeypatch.setattr(boxes, "_rows", lambda *state: rows(*state).view(Unsought))
+    metric = MeanAveragePrecision()
+    place = torch.tensor([[0.0, 0.0, 9.0, 9.0]] * 2)
+    labels = torch.tensor([0, 7])
+    # a class without any box does not count
+    found = {"boxes": place, "scores": torch.tensor([0.5, 0.9]), "labels": labels}
+    metric.update([found], [{"boxes": place[:1], "labels": labels[:1]}])
+    assert float(metric.compute()["map"]) == 1
 
 
 def test_models_with_a_sigmoid_for_each_class_run_too(squares: str, tmp_path: Path) -> None:

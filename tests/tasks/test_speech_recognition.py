@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import string
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_peft.data.characters import character_tokenizer
+from lightning_peft.data.characters import character_tokenizer, vocabulary_of
 from lightning_peft.data.speech_recognition import SpeechRecognitionData
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.tasks.speech_recognition import SpeechRecognition, blank_of, heard, spelled
+from lightning_peft.tasks.task import Outcome
 from tests.stand_ins import save_spoken
 from tests.tasks.test_generation import distance
 from tests.tasks.writers import trainer
@@ -145,6 +147,29 @@ def test_vocabulary_is_checked(tiny_wav2vec2: str, spoken: str, tmp_path: Path) 
     )
 
 
+@pytest.mark.parametrize(
+    ("letters", "said", "text", "cer", "wer"),
+    [
+        # letters alone, as wav2vec2-base-960h has
+        (string.ascii_lowercase, "hello, world. fine day!", "hello world fine day", 3 / 23, 3 / 4),
+        ("helo", "héllo hello", "hllo hello", 1 / 11, 1 / 2),
+    ],
+)
+def test_an_unknown_character_is_one_error(letters: str, said: str, text: str, cer: float, wer: float) -> None:
+    """Beside edits counted by hand: all that can be heard is, and the others are put in."""
+    tokenizer = character_tokenizer(letters)
+    module = SpeechRecognition(torch.nn.Identity(), vocabulary=vocabulary_of(tokenizer))
+    module.configure_model()
+    labels, spoken = tokenizer([said])["input_ids"], tokenizer(text)["input_ids"]
+    frames = torch.tensor([[token for number in spoken for token in (number, 0)]])
+    outcome = Outcome(torch.tensor(0.0), torch.tensor(1), frames)
+    metrics = {name: module.metrics["val"][name] for name in ("cer", "wer")}
+    module.update(metrics, {"labels": torch.tensor(labels)}, outcome)
+    assert {name: float(metric.compute()) for name, metric in metrics.items()} == pytest.approx(
+        {"cer": cer, "wer": wer}
+    )
+
+
 @given(st.lists(st.integers(-1, 6), max_size=12))
 def test_a_token_that_lasts_is_one_and_blanks_part_them(frames: list[int]) -> None:
     ids = [-100 if frame < 0 else frame for frame in frames]
@@ -161,5 +186,7 @@ def test_what_vocabularies_stand_for() -> None:
     assert blank_of(["a", "[PAD]"]) == 1
     assert blank_of(["_", "a"]) == 0
     assert spelled([" ", "|", "a"], [2, 0, 1]) == "a |"
-    assert spelled(VOCABULARY, [3, 1, 2, 4]) == "a<unk> b"
+    assert spelled(VOCABULARY, [3, 1, 2, 4]) == "a\ufffd b"
+    parts = ["<pad>", "▁hello", "▁wor", "ld"]
+    assert spelled(parts, [1, 2, 3]) == heard(parts, [1, 0, 2, 3, 3]) == "hello world"
     assert heard(["<s>", "[PAD]", "a", "|"], [0, 2, 2, 1, 2, 3, 3]) == "aa"
