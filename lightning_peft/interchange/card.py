@@ -21,7 +21,7 @@ from lightning_peft.methods._targets import base_modules
 from lightning_peft.methods.base import Method
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.state import KEY, base_quantization
-from lightning_peft.state.secrets import SECRET_NAME, SECRET_VALUE
+from lightning_peft.state.secrets import SECRET_NAME, without_secrets
 from lightning_peft.state.versions import installed
 
 TAG = "lightning-peft"
@@ -177,7 +177,7 @@ def _data(checkpoint: Mapping[str, Any]) -> str:
         return "Not recorded."
     class_path = str(given.get("_class_path", ""))
     lines = [f"`{class_path.rpartition('.')[2]}`", ""] if class_path else []
-    shown = {name: _shown(value) for name, value in _public(given).items() if value is not None}
+    shown = {name: _shown(value) for name, value in _public(without_secrets(given)).items() if value is not None}
     rows = [f"| {name} | `{value}` |" for name, value in shown.items()]
     return "\n".join([*lines, *(["| | |", "|---|---|", *rows] if rows else [])]) or "Not recorded."
 
@@ -236,7 +236,7 @@ def _versions(merged: bool) -> str:
 
 
 def _public(value: Any) -> Any:
-    """`value` without what looks secret, or is of use to Lightning alone."""
+    """`value` without what is named like a secret, or is of use to Lightning alone."""
     if isinstance(value, Mapping):
         kept = {
             str(name): item
@@ -247,7 +247,7 @@ def _public(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_public(item) for item in value]
     if isinstance(value, str):
-        return "…" if SECRET_VALUE.match(value) else _without_place(value)
+        return _without_place(value)
     return value if value is None or isinstance(value, (bool, int, float)) else type(value).__name__
 
 

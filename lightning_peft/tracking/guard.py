@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_peft.state.secrets import without_secrets
+
 CALLED = ("log_hyperparams", "log_metrics", "after_save_checkpoint", "finalize")
 """What Lightning calls of a logger in a run."""
 
@@ -43,26 +45,32 @@ class Guard:
 
 @dataclass(frozen=True)
 class _Guarded:
-    """One method of one logger, whose failures are taken."""
+    """One method of one logger, whose failures its guard takes; hyper-parameters are logged without secrets."""
 
     logger: Logger
     name: str
     guard: Guard
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if self.name == "log_hyperparams":
+            args, kwargs = without_secrets(args), without_secrets(kwargs)
         with self.guard.trying(f"{type(self.logger).__name__}.{self.name}"):
             getattr(type(self.logger), self.name)(self.logger, *args, **kwargs)
 
 
 def guard_calls(logger: Logger, guard: Guard) -> None:
-    """Let what Lightning itself calls of a logger fail without ending a run, each call on its own.
+    """Let what Lightning itself calls of a logger fail without ending a run, each call on its own, unless the guard is
+    strict; and keep secrets from its hyper-parameters.
 
-    It holds for this logger, not for its class, until it is guarded by another one; the calls of a strict guard are
-    those of the class.
+    It holds for this logger, not for its class, until it is guarded by another one.
     """
     own = vars(logger)
     for name in CALLED:
-        if isinstance(own.get(name), _Guarded):
-            del own[name]
-        if name not in own and not guard.strict:
+        if name not in own or isinstance(own[name], _Guarded):
             own[name] = _Guarded(logger, name, guard)
+
+
+def guard_of(logger: Logger) -> Guard:
+    """What takes the failures of a logger's calls; of one that is not guarded, a guard that lets the run go on."""
+    held = (call.guard for call in vars(logger).values() if isinstance(call, _Guarded))
+    return next(held, None) or Guard(type(logger).__name__)

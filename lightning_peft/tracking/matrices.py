@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_peft.tracking.guard import guard_of
 from lightning_peft.tracking.weights_and_biases.runs import log_confusion_matrix
 
 ACTUAL, PREDICTED = "actual", "predicted"
@@ -27,7 +28,8 @@ def show_matrix(trainer: pl.Trainer, name: str, matrix: torch.Tensor, labels: Se
     """Give a matrix to the Trainer's loggers, and print it in `validate` and `test` unless they are to print nothing.
 
     Weights & Biases gets its chart of confusion matrices, TensorBoard a text; any other logger with a folder gets the
-    file `<name>.csv` in it, which holds the last epoch's. Nothing is logged in Lightning's sanity check.
+    file `<name>.csv` in it, which holds the last epoch's. Nothing is logged in Lightning's sanity check. Weights &
+    Biases may fail, as its other calls may: that is told and ends nothing, unless a strict AdapterMonitor asks for it.
 
     Args:
         trainer: asked for its loggers and for what it does.
@@ -49,7 +51,8 @@ def show_matrix(trainer: pl.Trainer, name: str, matrix: torch.Tensor, labels: Se
 def _log(logger: Logger, name: str, rows: list[list[float]], names: list[str], step: int) -> None:
     header, *lines = _cells(rows, names)
     if isinstance(logger, WandbLogger):
-        log_confusion_matrix(logger.experiment, name, names, rows, step)
+        with guard_of(logger).trying(name):
+            log_confusion_matrix(logger.experiment, name, names, rows, step)
     elif isinstance(logger, TensorBoardLogger):
         markdown = [header, ["---"] * len(header), *lines]
         text = "\n".join(f"| {' | '.join(line)} |" for line in markdown)

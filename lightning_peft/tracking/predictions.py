@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
 
 from lightning_peft.methods.errors import PEFTError
 
@@ -135,7 +136,7 @@ def _place(line: str) -> tuple[int, int]:
 
 
 def rows_of(prediction: Any) -> list[Any]:
-    """The prediction of each row of a batch.
+    """The prediction of each row of a batch; of a tensor, a tensor on the CPU.
 
     Args:
         prediction: what `predict_step` returned.
@@ -150,10 +151,12 @@ def rows_of(prediction: Any) -> list[Any]:
         kind = "a dict of columns of differing lengths"
     else:
         # at once, since a row of a device's memory after the other would take its time
-        values = prediction.tolist() if hasattr(prediction, "tolist") else prediction
-        if isinstance(values, (list, tuple)):
+        values = prediction.cpu() if isinstance(prediction, Tensor) else prediction
+        dimensions = getattr(values, "ndim", None)  # of a tensor, or an array of numpy
+        if dimensions or isinstance(values, (list, tuple)):
             return list(values)
-        kind = "a single number" if isinstance(values, (int, float)) else type(values).__name__
+        is_number = dimensions == 0 or isinstance(values, (int, float))
+        kind = "a single number" if is_number else type(values).__name__
     raise PEFTError(f"predict: predict_step returned {kind}, which has no rows to write; {NEEDED}")
 
 

@@ -27,6 +27,7 @@ CHECKPOINT: dict[str, Any] = {
         "batch_size": 8,
         "tokenizer": "org/words",
         "hf_token": "hunter2",
+        "api_keys": ["hunter2hunter2hunter2"],
         "api_key": "hunter2",
         "options": {"password": "hunter2", "workers": 2},
         "note": "hf_" + "hunter2" * 4,

@@ -10,8 +10,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_peft.tracking.guard import Guard, guard_calls
 from lightning_peft.tracking.matrices import show_matrix
-from lightning_peft.tracking.weights_and_biases.runs import log_confusion_matrix
+from lightning_peft.tracking.weights_and_biases.runs import CHARTED, log_confusion_matrix
+from tests.tracking.test_heat_map import parsed
 
 MATRIX = torch.tensor([[3, 1], [0, 2]])
 LINES = [["actual / predicted", "[bad]", "good"], ["[bad]", "3", "1"], ["good", "0", "2"]]
@@ -37,6 +39,17 @@ class Weights(WandbLogger):
     @property
     def experiment(self) -> Any:
         return SimpleNamespace(log=self.logged.append)
+
+
+class Dead(WandbLogger):
+    """One whose run is gone."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def experiment(self) -> Any:
+        raise ConnectionError("the run is gone")
 
 
 def shown(folder: Path, does: TrainerFn, *loggers: Any, verbose: bool = True) -> None:
@@ -83,6 +96,36 @@ def test_chart_is_the_one_that_wandb_makes_of_predictions() -> None:
         theirs.table.columns,
         theirs.table.data,
     )
+
+
+def test_of_many_classes_it_is_a_page_that_lacks_none() -> None:
+    pytest.importorskip("wandb")
+    own: list[dict[str, Any]] = []
+    run: Any = SimpleNamespace(log=own.append)
+    for count in (CHARTED, CHARTED + 1):
+        counts = [[float(row * count + column) for column in range(count)] for row in range(count)]
+        log_confusion_matrix(run, "val_m", [f"c{place}" for place in range(count)], counts, 7)
+    # wandb keeps 10,000 rows of a table
+    assert len(own[0]["val_m"].table.data) == 10_000
+    assert own[1]["trainer/global_step"] == 7
+    cells, texts = parsed(own[1]["val_m"].html)
+    assert len(cells) == 101**2
+    assert {"actual c0, predicted c99: 99", "actual c100, predicted c100: 10200"} <= {*cells}
+    assert texts[-4:] == ["predicted c0", "predicted c100", "0", "1.02e+04"]
+
+
+def test_weights_and_biases_may_fail_unless_a_strict_guard_holds_it(tmp_path: Path) -> None:
+    dead, table = Dead(), CSVLogger(tmp_path, "a", version=0)
+    told = "val_m failed and is left out, the run goes on \\(ConnectionError: the run is gone\\)$"
+    with pytest.warns(UserWarning, match=f"^Dead: {told}"):
+        shown(tmp_path, TrainerFn.FITTING, dead, table)
+    assert (tmp_path / "a" / "version_0" / "val_m.csv").is_file()
+    guard_calls(dead, Guard("AdapterMonitor"))
+    with pytest.warns(UserWarning, match=f"^AdapterMonitor: {told}"):
+        shown(tmp_path, TrainerFn.FITTING, dead)
+    guard_calls(dead, Guard("AdapterMonitor", strict=True))
+    with pytest.raises(ConnectionError, match="the run is gone"):
+        shown(tmp_path, TrainerFn.FITTING, dead)
 
 
 @pytest.mark.parametrize("does", [TrainerFn.VALIDATING, TrainerFn.TESTING])

@@ -110,7 +110,7 @@ class CostMeter(pl.Callback):
             run.clock.start()
         elif run.batches == 0:
             if self.overhead:
-                run.recording.start(pl_module)
+                run.recording.start(pl_module, redirected=trainer.strategy.model is not pl_module)
             if self.flops and not _is_compiled(pl_module):
                 run.counter = FlopCounterMode(display=False)
                 run.counter.__enter__()  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.injection import disable_adapters
 from lightning_peft.methods._host import hosts
 from lightning_peft.methods._merging import merge, unmerge
+from lightning_peft.methods._sharded import is_sharded
 from lightning_peft.methods._targets import base_modules
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.tracking.cost.unchanged import unchanged
@@ -33,11 +34,17 @@ class Recording:
     def __init__(self) -> None:
         self.calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
         self._inside: nn.Module | None = None
+        self._step: nn.Module | None = None
         self._handles: list[Any] = []
 
-    def start(self, module: nn.Module) -> None:
-        """Keep the calls of `module`, or what is in it, from now on."""
-        self.calls = []
+    def start(self, module: nn.Module, redirected: bool = False) -> None:
+        """Keep the calls of `module`, or what is in it, from now on.
+
+        Args:
+            module: the module.
+            redirected: the first call of `module` is none of its own: a wrapper such as DDP makes it for a whole step.
+        """
+        self.calls, self._step = [], module if redirected else None
         paths = [path for path, _ in hosts(module)]
         holding = {
             id(part): part
@@ -65,7 +72,9 @@ class Recording:
         return run
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._inside is None:
+        if module is self._step:
+            self._step = None
+        elif self._inside is None:
             self._inside = module
             self.calls.append((module, *_moved((args, kwargs), torch.device("cpu"))))
 
@@ -80,6 +89,7 @@ def inference_overhead(
     """The time of the recorded calls with the adapters, and with them merged, over that with the adapters disabled.
 
     They run in eval mode, without gradients, in turns, for some seconds in all; each number is the ratio of medians.
+    Where the module is sharded, every process has to call this, and each runs as often as the first one.
     The weights are what they were, to the bit, and so are random numbers, modes and gradients.
 
     Args:
@@ -102,6 +112,8 @@ def inference_overhead(
             _timed(run, device)
         first = _timed(run, device)
         runs = int(min(max(SECONDS / max(first, 1e-9), RUNS[0]), RUNS[1]))
+        if any(map(is_sharded, module.parameters())):
+            runs = _of_first(runs, device)  # each run takes all processes
         for _ in range(BLOCKS):
             with disable_adapters(module):
                 times["base"] += _turn(run, device, runs)
@@ -114,6 +126,13 @@ def inference_overhead(
     base = statistics.median(times["base"])
     unmerged = statistics.median(times["adapted"]) / base
     return unmerged, statistics.median(times["merged"]) / base if times["merged"] else None
+
+
+def _of_first(number: int, device: torch.device) -> int:
+    """The first process's number."""
+    told = torch.tensor(number, device=device)
+    torch.distributed.broadcast(told, src=0)
+    return int(told)
 
 
 def _merged(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from lightning_peft.tracking.monitor.steps import gradient_scale, learning_rates
 from lightning_peft.tracking.monitor.throughput import Throughput
 from lightning_peft.tracking.weights_and_biases.artifacts import checkpoints, log_checkpoint
 from lightning_peft.tracking.weights_and_biases.runs import log_heat_map, log_table, wandb_loggers
-from lightning_peft.tracking.weights_and_biases.sources import class_path, sources
+from lightning_peft.tracking.weights_and_biases.sources import Source, class_path, sources
 
 
 @dataclass
@@ -41,17 +41,26 @@ class _Run:
     due: int | None = None
     """The step since which there is something to log."""
     norms: StepNorms | None = None
-    rates: dict[str, float] | None = None
-    """Of the step that is logged; None until an optimizer steps."""
+    stepped: bool = False
+    """Whether an optimizer has stepped since then."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Of the step that is logged."""
     drawn: int = -1
     """The last step that the heat maps show."""
     handed_on: tuple[Any, ...] = ()
     """The checkpoints' paths and times when they were handed on."""
+    _uses: list[Source] | None = None
+
+    def uses(self, trainer: pl.Trainer, module: pl.LightningModule) -> list[Source]:
+        """The base and the data; they are read once, as files take their time."""
+        if self._uses is None:
+            self._uses = sources(trainer, module)
+        return self._uses
 
     def is_over(self, step: int, by_hand: bool) -> bool:
         """Whether what is due can be logged: an optimizer has stepped; one that steps by hand may do so batches later,
         or be none of torch's."""
-        return self.due is not None and (self.rates is not None or (by_hand and step - self.due >= self.every - 1))
+        return self.due is not None and (self.stepped or (by_hand and step - self.due >= self.every - 1))
 
 
 class AdapterMonitor(pl.Callback):
@@ -116,7 +125,7 @@ class AdapterMonitor(pl.Callback):
         """Log what is trained, and on what."""
         if self._run is not None and trainer.is_global_zero:
             with self._run.guard.trying("the description of the run"):
-                description = {"adapter": describe(trainer, pl_module, self.spec)}
+                description = {"adapter": describe(pl_module, self._run.uses(trainer, pl_module), self.spec)}
                 for logger in trainer.loggers:
                     # TensorBoard shows what it was given last
                     known = getattr(logger, "hparams", None)
@@ -141,9 +150,12 @@ class AdapterMonitor(pl.Callback):
         run = self._run
         if run is None or run.due is None:
             return
-        with run.guard.trying("norms") as tried:
-            if run.rates is None:
+        is_first, run.stepped = not run.stepped, True
+        with run.guard.trying("learning rates") as tried:
+            if tried and is_first:
                 run.rates = learning_rates(trainer.optimizers)
+        with run.guard.trying("norms") as tried:
+            if is_first:
                 run.norms = StepNorms(trained_groups(pl_module)) if tried and _takes_part(trainer, pl_module) else None
             if run.norms is not None:
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -164,12 +176,12 @@ class AdapterMonitor(pl.Callback):
         if not run.is_over(step, not pl_module.automatic_optimization):
             return
         norms, rates = run.norms, run.rates
-        run.due = run.norms = run.rates = None
+        run.due, run.stepped, run.norms, run.rates = None, False, None, {}
         taken = Norms()
         with run.guard.trying("norms"):
             taken = norms.after() if norms is not None else taken
         if trainer.is_global_zero:
-            self._log(run, trainer, pl_module, step, taken, rates or {})
+            self._log(run, trainer, pl_module, step, taken, rates)
             self._hand_on(run, trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -244,8 +256,8 @@ class AdapterMonitor(pl.Callback):
             layers |= reported_layers(module) if tried else {}
         with run.guard.trying("speed and memory") as tried:
             if tried:
-                speed = run.speed.read()
-                values |= {f"speed/{name}": rate * trainer.world_size for name, rate in speed.items()}
+                speed, parts = run.speed.read(), _parts(trainer)
+                values |= {f"speed/{name}": rate * parts for name, rate in speed.items()}
                 if (peak := peak_memory(module.device)) is not None:
                     values["memory/peak_gb"] = peak / 1e9
         if not any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -282,7 +294,13 @@ class AdapterMonitor(pl.Callback):
             for path, aliases in checkpoints(trainer).items():
                 for logger in loggers:
                     known = {"class_path": class_path(module)}
-                    log_checkpoint(logger, path, aliases=aliases, metadata=known, uses=sources(trainer, module))
+                    log_checkpoint(logger, path, aliases=aliases, metadata=known, uses=run.uses(trainer, module))
+
+
+def _parts(trainer: pl.Trainer) -> int:
+    """Into how many the rows are divided: under tensor parallelism, ranks have the same ones."""
+    divided: dict[str, int] = trainer.distributed_sampler_kwargs or {}
+    return divided.get("num_replicas", trainer.world_size)
 
 
 def _takes_part(trainer: pl.Trainer, module: pl.LightningModule) -> bool:

@@ -30,9 +30,9 @@ def sample_table(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, li
     """The first rows of a validation batch: the input, the target where the batch has one, and what `predict_step`
     returns.
 
-    Tokens are decoded by the tokenizer of the DataModule or the module, where there is one, and classes named by the
-    module's hyper-parameter `label_names`; a large tensor is told by its shape. Random numbers, modes and metrics stay
-    what they are.
+    Classes are named by the module's hyper-parameter `label_names`, also those of a row's tokens; other tokens are
+    decoded by the tokenizer of the DataModule or the module, where there is one. A large tensor is told by its shape.
+    Random numbers, modes and metrics stay what they are.
 
     Args:
         trainer: in whose validation `batch` was seen.
@@ -107,17 +107,31 @@ def _shown(values: Any, tokenizer: Any, names: Sequence[str] | None) -> list[Any
 def _cell(value: Any, names: Sequence[str] | None, tokenizer: Any = None) -> Any:
     """A text or a number."""
     if isinstance(value, Tensor):
-        if tokenizer is not None and value.dim() == 1 and not value.is_floating_point():
-            return str(tokenizer.decode(value[value >= 0].tolist(), skip_special_tokens=True))[:LONG]
-        if value.numel() > FEW and (value.dim() > 1 or value.is_floating_point()):
+        are_integers = value.dim() == 1 and not value.is_floating_point()
+        if are_integers and names:
+            return _text(", ".join(str(_named(place, names)) for place in value[value >= 0].tolist()))
+        if are_integers and tokenizer is not None:
+            return _text(_decoded(value[value >= 0].tolist(), tokenizer))
+        are_likelihoods = names is not None and value.shape == (len(names),)
+        if value.numel() > FEW and not are_integers and not are_likelihoods:
             return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
     value = plain(value)
-    if names and isinstance(value, int) and 0 <= value < len(names):
-        return names[value]
+    if names and isinstance(value, int):
+        return _named(value, names)
     if names and isinstance(value, list) and len(value) == len(names) and all(isinstance(p, float) for p in value):
         best = max(range(len(names)), key=value.__getitem__)
         return f"{names[best]} ({value[best]:.3f})"
     return value if isinstance(value, (int, float)) else _text(value)
+
+
+def _named(place: int, names: Sequence[str]) -> str | int:
+    return names[place] if 0 <= place < len(names) else place
+
+
+def _decoded(tokens: list[int], tokenizer: Any) -> str:
+    # a target of CTC has a letter twice where it is spelled twice: only what a model hears is merged
+    options = {"group_tokens": False} if hasattr(tokenizer, "word_delimiter_token") else {}
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, **options))
 
 
 def _text(value: Any) -> str:

@@ -18,7 +18,7 @@ def logged_step(trainer: pl.Trainer) -> int:
 
 def learning_rates(optimizers: Sequence[Optimizer]) -> dict[str, float]:
     """The learning rate of each group, such as `AdamW`, `AdamW/1` for its second group, and `AdamW-1` for the second
-    optimizer of that class."""
+    optimizer of that class; groups without one, as Adafactor's may be, are left out."""
     rates: dict[str, float] = {}
     seen: Counter[str] = Counter()
     for optimizer in optimizers:
@@ -26,7 +26,8 @@ def learning_rates(optimizers: Sequence[Optimizer]) -> dict[str, float]:
         name = f"{kind}-{seen[kind]}" if seen[kind] else kind
         seen[kind] += 1
         for place, group in enumerate(optimizer.param_groups):
-            rates[f"{name}/{place}" if place else name] = float(group["lr"])
+            if (rate := group.get("lr")) is not None:
+                rates[f"{name}/{place}" if place else name] = float(rate)
     return rates
 
 

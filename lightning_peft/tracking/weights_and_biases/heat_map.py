@@ -11,14 +11,16 @@ COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231,
 """From the least to the largest value: dark to light, evenly for the eye and for the colour-blind."""
 MISSING = "#cccccc"
 CELLS, LEAST_COLUMNS = 8_000, 20
-"""A page of about 1 MB; a model of many layers gets fewer columns, but no fewer than these."""
+"""A page of about 1 MB; many rows get fewer columns, but no fewer than these."""
 WIDTH, HEIGHT, MARGIN = 640, 14, 6
 """Pixels: of all cells of a row, of a row, and between the parts."""
 
 Values = Sequence[Sequence[float | None]]
 
 
-def heat_map_html(name: str, rows: Sequence[str], columns: Sequence[object], values: Values) -> str:
+def heat_map_html(
+    name: str, rows: Sequence[str], columns: Sequence[object], values: Values, whole: bool = False
+) -> str:
     """A page with a cell for each value, its number in a tooltip, and a scale.
 
     Where there are more columns than a page holds, some are left out, evenly; the first and the last stay.
@@ -28,6 +30,7 @@ def heat_map_html(name: str, rows: Sequence[str], columns: Sequence[object], val
         rows: a label for each row, such as module paths.
         columns: a label for each column, such as steps.
         values: as many sequences as rows, each with as many numbers as columns; None, NaN and infinities are grey.
+        whole: leave no column out, however large the page is.
 
     Raises:
         ValueError: the numbers of labels and values don't match.
@@ -35,7 +38,8 @@ def heat_map_html(name: str, rows: Sequence[str], columns: Sequence[object], val
     if len(values) != len(rows) or any(len(row) != len(columns) for row in values):
         shape = f"{len(values)} rows of {', '.join(sorted({str(len(row)) for row in values})) or 'no'}"
         raise ValueError(f"{name}: {shape} values for {len(rows)} rows and {len(columns)} columns of labels")
-    kept = _evenly(len(columns), max(LEAST_COLUMNS, CELLS // max(1, len(rows))))
+    most = len(columns) if whole else max(LEAST_COLUMNS, CELLS // max(1, len(rows)))
+    kept = _evenly(len(columns), most)
     labels = [str(columns[index]) for index in kept]
     finite = [value for row in values for index in kept if (value := _finite(row[index])) is not None]
     least, largest = (min(finite), max(finite)) if finite else (0.0, 0.0)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 STEP = "trainer/global_step"
 """The x-axis that WandbLogger gives every metric."""
+CHARTED = 100
+"""Classes whose confusion matrix is a chart: wandb cuts off its table behind 10,000 rows."""
 
 
 def wandb_loggers(trainer: pl.Trainer) -> list[WandbLogger]:
@@ -139,10 +141,7 @@ def log_heat_map(
     Raises:
         ValueError: the numbers of labels and values don't match.
     """
-    import wandb
-
-    page = heat_map_html(name, rows, columns, values)
-    run.log({name: wandb.Html(io.StringIO(page), inject=False), STEP: step})
+    _log_page(run, name, heat_map_html(name, rows, columns, values), step)
 
 
 def log_confusion_matrix(
@@ -150,7 +149,8 @@ def log_confusion_matrix(
 ) -> None:
     """Show how often each actual class was taken for which, in the chart that `wandb.plot.confusion_matrix` makes.
 
-    That one wants every prediction; here they are counted already. Its table is beside it, as `<name>_table`.
+    That one wants every prediction; here they are counted already. Its table is beside it, as `<name>_table`. Of more
+    than `CHARTED` classes it is a heat map like those of `log_heat_map`, with a row for each actual class.
 
     Args:
         run: `logger.experiment`.
@@ -159,6 +159,10 @@ def log_confusion_matrix(
         counts: a row for each actual class, with a number for each predicted one.
         step: the optimizer step.
     """
+    if len(labels) > CHARTED:
+        actual, predicted = ([f"{kind} {label}" for label in labels] for kind in ("actual", "predicted"))
+        _log_page(run, name, heat_map_html(name, actual, predicted, counts, whole=True), step)
+        return
     import wandb
 
     cells = [
@@ -174,3 +178,9 @@ def log_confusion_matrix(
         string_fields={"title": name},
     )
     run.log({name: chart, STEP: step})
+
+
+def _log_page(run: Run, name: str, page: str, step: int) -> None:
+    import wandb
+
+    run.log({name: wandb.Html(io.StringIO(page), inject=False), STEP: step})

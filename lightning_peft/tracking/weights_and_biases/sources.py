@@ -116,7 +116,7 @@ def _data(trainer: pl.Trainer) -> Source | None:
 
 
 def _existing(value: Any) -> Path | None:
-    """The file or folder that a hyper-parameter names; a word that happens to be a folder's here is no path."""
+    """The file or folder that a hyper-parameter names, which a word does too that happens to be a folder's here."""
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
         return None
     path = Path(value).expanduser()
