@@ -15,10 +15,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import Namespace
 from rich.table import Table
 
 from lightning_peft.callback import PEFT
 from lightning_peft.cli.app import PEFTCLI
+from lightning_peft.cli.classes import find_class
 from lightning_peft.cli.reporting import console_for_tables
 from lightning_peft.methods import METHODS
 from lightning_peft.methods.base import Method
@@ -26,7 +28,7 @@ from lightning_peft.methods.errors import PEFTError, suggestion
 from lightning_peft.planning.building import Setting
 from lightning_peft.planning.choosing import Choice, base_of, bytes_of, cheapest, room, storage_name
 from lightning_peft.planning.estimates import Estimate, Planner
-from lightning_peft.planning.sharing import layouts
+from lightning_peft.planning.sharing import Layout, layouts
 from lightning_peft.quantization.config import PACKING, can_pack
 from lightning_peft.tracking.comparison import FULL
 from lightning_peft.tracking.tables import format_bytes
@@ -72,10 +74,12 @@ class Planned:
     module: pl.LightningModule
     data: Any
     setting: Setting
+    section: str
+    """Where a configuration has the callback's arguments."""
     precision: Any
     accumulate: int
-    devices: int
-    strategy: str
+    layout: Layout
+    """The Trainer's devices, and their strategy where it is one that is planned."""
     on_gpu: bool
 
 
@@ -93,7 +97,7 @@ def run_plan(words: Sequence[str]) -> int:
     rows, length = _batch(given.batch)
     with _quiet():
         planned = PlanCLI(given.words).planned
-        counts = [planned.devices] if given.devices is None else _counts(given.devices)
+        counts = [planned.layout.devices] if given.devices is None else _counts(given.devices)
         settings, faults = _settings(planned.setting, given.methods, given.quantizations)
         planner = Planner(
             planned.module,
@@ -104,18 +108,19 @@ def run_plan(words: Sequence[str]) -> int:
             length=length,
             on_gpu=planned.on_gpu,
         )
-        ways = [way for count in counts for way in layouts(count) if not way.cpu_offload]
+        offloads = (False, planned.layout.cpu_offload)
+        ways = [way for count in counts for way in layouts(count) if way.cpu_offload in offloads]
         estimates = [planner.estimate(setting, way) for setting in settings for way in ways]
         choices = (
-            {count: cheapest(planner, planned.setting, count, size, planned.strategy) for count in counts}
-            if size
-            else {}
+            {count: cheapest(planner, planned.setting, count, size, planned.layout) for count in counts} if size else {}
         )
     console = console_for_tables()
     console.print(_table(estimates, size))
     lines = [f"{name}: {fault}" for name, fault in faults.items()]
     lines += dict.fromkeys(f"{_label(each)}: {each.fault}" for each in estimates if each.fault)
-    lines += [_verdict(choice, count, given.fit or "", room(size or 0)) for count, choice in choices.items()]
+    lines += [
+        _verdict(choice, count, given.fit or "", room(size or 0), planned.section) for count, choice in choices.items()
+    ]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if given.json is not None:
@@ -143,6 +148,8 @@ class PlanCLI(PEFTCLI):
         config = self.config.clone()
         for name in set(config[self.verb].as_dict()) - {"model", "data", "peft", "optimizer", "lr_scheduler"}:
             config[self.verb][name] = None
+        stock = _adapting(given.trainer.callbacks)
+        config[self.verb].trainer = Namespace(callbacks=stock)  # type: ignore[no-untyped-call]
         try:
             with torch.device("meta"):
                 self.config_init = self._instantiate(config)
@@ -154,9 +161,13 @@ class PlanCLI(PEFTCLI):
         self.model = self._get(self.config_init, "model")
         self._optimize_later()
         section = self._get(self.config_init, "peft")
-        setting = Setting(None)
+        callbacks = self._get(self.config_init, "trainer").callbacks
         if section is not None and section.method is not None:
-            callback = PEFT(**section.as_dict())
+            callbacks = [PEFT(**section.as_dict()), *callbacks]
+        if len(callbacks) > 1:
+            raise PEFTError("two PEFT callbacks are in one Trainer; leave one")
+        setting = Setting(None)
+        for callback in callbacks:
             blocks = callback.gradient_checkpointing
             setting = Setting(
                 callback.method,
@@ -166,15 +177,14 @@ class PlanCLI(PEFTCLI):
                 callback.offload_activations,
             )
         trainer = given.trainer
-        devices, nodes = trainer.devices, trainer.num_nodes
         self.planned = Planned(
             self.model,
             self._get(self.config_init, "data"),
             setting,
+            "trainer.callbacks" if stock else "peft",
             trainer.precision or "32-true",
             trainer.accumulate_grad_batches,
-            (len(devices) if isinstance(devices, list) else _number(devices)) * (nodes or 1),
-            trainer.strategy if isinstance(trainer.strategy, str) else "",
+            _layout(trainer),
             trainer.accelerator != "cpu",
         )
 
@@ -196,7 +206,31 @@ def _given(words: Sequence[str]) -> Given:
     parser.add_argument("--fit", help="the memory of a GPU, such as 24GB: marks what fits, and says what to set")
     parser.add_argument("--json", type=Path, help="a file for the numbers, in bytes")
     known, rest = parser.parse_known_args(words)
+    if known.json is not None and not known.json.parent.is_dir():
+        raise PEFTError(f"json: there is no folder {str(known.json.parent)!r}; make it, or name a file in another")
+    if known.json is not None and known.json.is_dir():
+        raise PEFTError(f"json: {str(known.json)!r} is a folder; name a file in it")
     return Given(**vars(known), words=rest)
+
+
+def _adapting(callbacks: Any) -> list[Any]:
+    """The sections among those of a Trainer's callbacks that are of `PEFT`."""
+    sections = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks is not None else []
+    return [each for each in sections if issubclass(find_class(each.class_path, [PEFT]).cls or object, PEFT)]
+
+
+def _layout(trainer: Any) -> Layout:
+    """What a parsed section `trainer` says of devices; to memory, Lightning's `ddp` is `peft_ddp`."""
+    count, given = _number(trainer.devices) * (trainer.num_nodes or 1), trainer.strategy
+    name, options = str(given), dict[str, Any]()
+    if isinstance(given, Namespace):
+        name, options = given.class_path.rpartition(".")[2], given.init_args.as_dict()
+    if re.fullmatch(r"(peft_)?ddp.*|(PEFT)?DDPStrategy", name):
+        return Layout("peft_ddp", count)
+    is_plain = options.get("replicas", 1) == options.get("tensor_parallel_size", 1) == 1
+    if name in ("peft_fsdp", "PEFTFSDPStrategy") and is_plain:
+        return Layout("peft_fsdp", count, options.get("cpu_offload", False))
+    return Layout(devices=count)
 
 
 def _settings(own: Setting, methods: str | None, stored: str | None) -> tuple[list[Setting], dict[str, str]]:
@@ -280,7 +314,7 @@ def _label(each: Estimate) -> str:
     return f"{method} over {base}"
 
 
-def _verdict(choice: Choice | None, devices: int, asked: str, free: int) -> str:
+def _verdict(choice: Choice | None, devices: int, asked: str, free: int, section: str) -> str:
     on = "1 device" if devices == 1 else f"{devices} devices"
     if choice is None:
         return (
@@ -291,7 +325,8 @@ def _verdict(choice: Choice | None, devices: int, asked: str, free: int) -> str:
     if not choice.changes:
         return f"{on} of {asked}: fits as configured, {peak} of {format_bytes(free)}"
     options = " ".join(
-        f"--{name} {str(value).lower() if value is True else value}" for name, value in choice.changes.items()
+        f"--{name.replace('peft.', f'{section}.')} {str(value).lower() if value is True else value}"
+        for name, value in choice.changes.items()
     )
     return f"{on} of {asked}: the cheapest that fits takes {peak} of {format_bytes(free)}: {options}"
 
@@ -309,7 +344,9 @@ def _fields(each: Estimate, size: int | None) -> dict[str, Any]:
         "activations",
         "peak",
     )
-    fields = {"method": method, "base": base, "strategy": each.layout.strategy, "devices": each.layout.devices}
+    way = each.layout
+    fields = {"method": method, "base": base, "strategy": way.strategy, "devices": way.devices}
+    fields |= {"cpu_offload": True} if way.cpu_offload else {}
     if each.fault:
         return {**fields, "fault": each.fault}
     fits = {} if size is None else {"fits": each.peak <= room(size)}
@@ -326,14 +363,18 @@ def _batch(words: str | None) -> tuple[int | None, int | None]:
 
 
 def _counts(words: str) -> list[int]:
-    counts = [_number(word.strip()) for word in words.split(",")]
-    if not all(word.strip().isdecimal() and int(word) for word in words.split(",")):
+    counts = [word.strip() for word in words.split(",")]
+    if not all(count.isdecimal() and int(count) for count in counts):
         raise PEFTError(f"devices: {words!r} is no list of numbers; give 1, or 1,2,8")
-    return counts
+    return [int(count) for count in counts]
 
 
 def _number(devices: Any) -> int:
     """How many devices a Trainer's `devices` means; one where that is for the machine to say."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [index for index in devices.split(",") if index.strip()]
+    if isinstance(devices, list):
+        return len(devices)
     return max(1, int(devices)) if str(devices).isdecimal() else 1
 
 

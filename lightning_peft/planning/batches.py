@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_peft.methods.errors import PEFTError
+from lightning_peft.planning.trainer import PlanningTrainer
 from lightning_peft.tasks import (
     CausalLM,
     ImageClassification,
@@ -45,24 +48,32 @@ def prepare_task(module: pl.LightningModule, trainer: pl.Trainer) -> None:
     trainer.state.fn = TrainerFn.FITTING
 
 
-def batch_of(module: pl.LightningModule, data: Any, rows: int | None = None, length: int | None = None) -> Any:
+def batch_of(
+    module: pl.LightningModule, trainer: PlanningTrainer, rows: int | None = None, length: int | None = None
+) -> Any:
     """A batch for one device, with numbers on the meta device, and token ids and labels with values.
 
     Args:
         module: with its model.
-        data: the datamodule, by whose sizes it goes: `batch_size`, `max_length`, `packing`. Where the module is no task
-            of this package around a model of transformers, the first batch of `data` is read; without data,
+        trainer: with the datamodule, by whose sizes it goes: `batch_size`, `max_length`, `packing`. Where the module is
+            no task of this package around a model of transformers, the datamodule's first batch is read; without one,
             `example_input_array` is taken.
         rows: in place of `batch_size`.
         length: in place of `max_length`, or for sounds the number of samples.
 
     Raises:
-        PEFTError: neither says what a batch is.
+        PEFTError: neither says what a batch is, or it has no length that could be given.
     """
+    data = trainer.datamodule
     sizes = rows or getattr(data, "batch_size", None), length or getattr(data, "max_length", None)
     config = getattr(getattr(module, "model", None), "config", None)
     if config is not None and isinstance(module, TEXTS):
         return _texts(module, data, *_known(sizes))
+    if length is not None and not (config is not None and isinstance(module, SpeechClassification)):
+        raise PEFTError(
+            f"batch: a length can't be given to {type(module).__name__}, whose rows are as its data or its model make "
+            f"them; give their number alone, such as --batch {rows or 8}"
+        )
     if config is not None and isinstance(module, ImageClassification):
         side = getattr(config, "image_size", None) or IMAGE
         height, width = side if isinstance(side, (list, tuple)) else (side, side)
@@ -74,7 +85,7 @@ def batch_of(module: pl.LightningModule, data: Any, rows: int | None = None, len
         (count,) = _known(sizes[:1])
         samples = length or int(seconds * getattr(config, "sampling_rate", SAMPLING_RATE))
         return {"input_values": _floats(count, samples), "labels": torch.zeros(count, dtype=torch.int64)}
-    return _given(module, data, rows)
+    return _given(module, trainer, rows)
 
 
 def _texts(module: pl.LightningModule, data: Any, rows: int, length: int) -> dict[str, Tensor]:
@@ -91,11 +102,13 @@ def _texts(module: pl.LightningModule, data: Any, rows: int, length: int) -> dic
     return {**batch, "labels": _integers(rows, labels or length)}
 
 
-def _given(module: pl.LightningModule, data: Any, rows: int | None) -> Any:
-    if data is not None:
-        data.prepare_data()
-        data.setup("fit")
-        batch = next(iter(data.train_dataloader()))
+def _given(module: pl.LightningModule, trainer: PlanningTrainer, rows: int | None) -> Any:
+    if trainer.datamodule is not None:
+        trainer.prepare_data()
+        loaders = trainer.datamodule.train_dataloader()
+        # as the Trainer does it for several
+        combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+        batch, _, _ = next(iter(combined))
     elif module.example_input_array is not None:
         batch = module.example_input_array
     else:
@@ -103,10 +116,11 @@ def _given(module: pl.LightningModule, data: Any, rows: int | None) -> Any:
             f"plan: nothing says what a batch of {type(module).__name__} is; give a datamodule in the section data, or "
             "the module an example_input_array of what its training_step takes"
         )
-    first = next(_tensors(batch), None)
-    if first is None or not first.dim():
+    tensors: list[Tensor] = []
+    with_tensors(batch, tensors.append)
+    if not tensors or not tensors[0].dim():
         raise PEFTError(f"plan: a batch of {type(module).__name__} holds no tensors")
-    count = len(first)
+    count = len(tensors[0])
     return with_tensors(batch, lambda tensor: _like(tensor, count, rows))
 
 
@@ -120,22 +134,8 @@ def _like(tensor: Tensor, count: int, rows: int | None) -> Tensor:
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A nest of mappings, lists and tuples with each tensor changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: with_tensors(item, change) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(with_tensors(item, change) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(with_tensors(item, change) for item in value)
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    found: list[Tensor] = []
-    with_tensors(value, found.append)
-    return iter(found)
+    """A nest of mappings, sequences and dataclasses with each tensor changed."""
+    return apply_to_collection(value, Tensor, change)
 
 
 def _known(sizes: Sequence[int | None]) -> list[int]:

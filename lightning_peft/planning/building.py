@@ -21,6 +21,7 @@ from lightning_peft.methods.errors import PEFTError
 from lightning_peft.planning.trainer import PlanningTrainer
 from lightning_peft.quantization.loading import LoadingPolicy, loading
 from lightning_peft.tasks.classification import Classification
+from lightning_peft.tasks.task import Task
 
 SHAPES = LoadingPolicy(shapes_only=True)
 LABELS = 2
@@ -44,15 +45,27 @@ def configured(module: pl.LightningModule, trainer: PlanningTrainer) -> pl.Light
 
     Args:
         module: as the configuration makes it; one that has its model already keeps it.
-        trainer: what it may ask, for its data say.
+        trainer: what it may ask, for its data say. These are set up first where the module is no task of this package,
+            as its batch is read from them in any case.
+
+    Raises:
+        PEFTError: the module can't be configured.
     """
     trainer.take(module)
     if isinstance(module, Classification) and not module.hparams["num_labels"] and not module.hparams["label_names"]:
         module.hparams["num_labels"] = getattr(trainer.datamodule, "num_labels", 0) or LABELS
     try:
+        if trainer.datamodule is not None and not isinstance(module, Task):
+            trainer.prepare_data()
         with loading(SHAPES), torch.device("meta"):
             module.setup("fit")
             module.configure_model()
+    except (PEFTError, ImportError):
+        raise
+    except Exception as error:
+        raise PEFTError(
+            f"plan: {type(module).__name__} can't be set up without a run ({type(error).__name__}: {error})"
+        ) from error
     finally:
         module._trainer = None
     return module

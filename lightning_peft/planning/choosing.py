@@ -81,22 +81,29 @@ class Choice:
     """Options of a configuration with their values; empty where the configured setting fits."""
 
 
-def cheapest(planner: Planner, own: Setting, devices: int, size: int, strategy: str = "") -> Choice | None:
-    """The first setting that fits in the order of what it costs, from the configured one on: a base in bf16, which
-    costs nothing; gradient checkpointing, a third of the computation; a base in 4 bits, where bitsandbytes is
-    installed; sharding; activations on the CPU; shards on the CPU.
+def cheapest(
+    planner: Planner,
+    own: Setting,
+    devices: int,
+    size: int,
+    given: Layout = Layout(),  # noqa: B008, it is frozen
+) -> Choice | None:
+    """The first setting that fits: the configured one under the configured strategy, then in the order of what it
+    costs: a base in bf16, which costs nothing; gradient checkpointing, a third of the computation; a base in 4 bits,
+    where bitsandbytes is installed; sharding; activations on the CPU; shards on the CPU.
 
     Args:
         planner: makes the estimates.
         own: the configured setting.
         devices: how many there are.
         size: bytes of each.
-        strategy: the configured one.
+        given: the configured devices, and their strategy where it is one that a layout has.
     """
-    for setting, layout in candidates(own, layouts(devices)):
+    configured = [(own, replace(given, devices=devices))] if devices > 1 and given.strategy else []
+    for setting, layout in (*configured, *candidates(own, layouts(devices))):
         found = planner.estimate(setting, layout)
         if not found.fault and found.peak <= room(size):
-            return Choice(found, _changes(own, setting, layout, strategy))
+            return Choice(found, _changes(own, setting, layout, given))
     return None
 
 
@@ -121,7 +128,7 @@ def candidates(own: Setting, ways: Sequence[Layout]) -> Iterator[tuple[Setting, 
         yield changed, ways[way]
 
 
-def _changes(own: Setting, setting: Setting, layout: Layout, strategy: str) -> dict[str, object]:
+def _changes(own: Setting, setting: Setting, layout: Layout, given: Layout) -> dict[str, object]:
     changes: dict[str, object] = {}
     if setting.base.quantization is not own.base.quantization and setting.base.quantization is not None:
         changes["peft.quantization"] = setting.base.quantization.name
@@ -131,8 +138,9 @@ def _changes(own: Setting, setting: Setting, layout: Layout, strategy: str) -> d
         changes["peft.gradient_checkpointing"] = True
     if setting.offload_activations != own.offload_activations:
         changes["peft.offload_activations"] = True
-    if layout.cpu_offload:
-        changes |= {"trainer.strategy": SHARDED, "trainer.strategy.cpu_offload": True}
-    elif layout.devices > 1 and layout.strategy != strategy:
-        changes["trainer.strategy"] = layout.strategy
+    if layout.devices != given.devices:
+        changes["trainer.devices"] = layout.devices
+    if layout.devices > 1 and replace(layout, devices=given.devices) != given:
+        sharded = {"trainer.strategy": SHARDED, "trainer.strategy.cpu_offload": True}
+        changes |= sharded if layout.cpu_offload else {"trainer.strategy": layout.strategy}
     return changes

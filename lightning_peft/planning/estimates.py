@@ -86,8 +86,9 @@ class Planner:
     ) -> None:
         self._precision, self._accumulate, self._data = precision, accumulate_grad_batches, data
         self.on_gpu = on_gpu
-        self.module = configured(module, self._trainer())
-        self.batch = batch_of(self.module, data, rows, length)
+        trainer = self._trainer()
+        self.module = configured(module, trainer)
+        self.batch = batch_of(self.module, trainer, rows, length)
         self._known: list[tuple[Setting, Counted | PEFTError]] = []
 
     def estimate(self, setting: Setting, layout: Layout = Layout()) -> Estimate:  # noqa: B008, it is frozen

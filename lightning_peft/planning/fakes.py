@@ -31,7 +31,9 @@ FROM_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 MADE = {aten.empty, aten.empty_strided, aten.full, aten.ones, aten.rand, aten.randn, aten.zeros}
 SMALL = 2**12
 """Numbers up to which a tensor that is made of none is given values."""
-IS_ANY = "_planned_any"
+RARE = {aten.any, aten.isinf, aten.isnan}
+"""What asks for something that a step doesn't have as a rule."""
+IS_RARE = "_planned_rare"
 
 
 def fake_mode() -> FakeTensorMode:
@@ -87,7 +89,7 @@ def run(function: Any, args: Sequence[Any], kwargs: dict[str, Any], mode: FakeTe
     """What an operator gives: with values where all that it is given has some, such as token ids and the masks and
     positions that are made of them, by which models choose what to do; without, where that is not so or much would be
     made. Where it depends on values that there are none of, what it gives for a batch without padding: masks hold
-    everywhere, whatever is asked about all elements is true, and about any is false."""
+    everywhere, whatever is asked about all elements is true, and about any, or for NaN and infinity, is false."""
     chosen = _every_element(function, args)
     if chosen is not None:
         return chosen
@@ -100,8 +102,8 @@ def run(function: Any, args: Sequence[Any], kwargs: dict[str, Any], mode: FakeTe
             out = function(*args, **kwargs)
     except FROM_VALUES:
         return _guess(packet, args)
-    if packet is aten.any and isinstance(out, FakeTensor):
-        setattr(out, IS_ANY, True)
+    if packet in RARE and isinstance(out, FakeTensor):
+        setattr(out, IS_RARE, True)
     return out
 
 
@@ -158,7 +160,7 @@ def _guess(packet: Any, args: Sequence[Any]) -> Any:
     if packet is aten._local_scalar_dense:
         tensor: Tensor = args[0]
         if tensor.dtype == torch.bool:
-            return not getattr(tensor, IS_ANY, False)
+            return not getattr(tensor, IS_RARE, False)
         return 1.0 if tensor.is_floating_point() else 1
     raise
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from lightning_peft.callback.memory import SMALLEST
 from lightning_peft.callback.optimizers import optimizers_in
 from lightning_peft.methods.errors import PEFTError
 from lightning_peft.planning.batches import prepare_task, with_tensors
-from lightning_peft.planning.blocks import Run, cut, equal_runs
+from lightning_peft.planning.blocks import FEW, Run, cut, equal_runs
 from lightning_peft.planning.fakes import backward, make_fake
 from lightning_peft.planning.kernels import CudaKernels
 from lightning_peft.planning.ledger import GRADIENTS, KINDS, OPTIMIZER, WEIGHTS, Bytes, Ledger
@@ -40,7 +40,6 @@ class Step:
     """Bytes of the optimizers' states, as a checkpoint holds them."""
 
 
-FEW = 2
 CUDA_BLOCK = 512
 """Bytes, of which CUDA's allocator gives out multiples."""
 
@@ -66,21 +65,17 @@ def step(
     """
     runs = equal_runs(module)
 
-    def of(kept: Sequence[int]) -> Step:
-        with cut(module, runs, kept):
+    def of(runs: Sequence[Run], kept: Sequence[int]) -> Step:
+        with cut(module, runs, kept) as left:
             part = copy.deepcopy(module)
-        return _Step(part, trainer, on_gpu, offload).run(batch, [*zip(runs, kept, strict=True)])
+        return _Step(part, trainer, on_gpu, offload).run(batch, left)
 
+    if runs:
+        # whatever can't be done with a few, such as asking for the fifth, may be possible with all
+        with suppress(Exception):
+            return _by_few(partial(of, runs), runs)
     try:
-        least = of([FEW] * len(runs))
-        found = Step({place: total.copy() for place, total in least.peaks.items()}, least.states)
-        for index, run in enumerate(runs):
-            more = of([FEW + (other == index) for other in range(len(runs))])
-            times = len(run.names) - FEW
-            found.states += times * (more.states - least.states)
-            for place, total in found.peaks.items():
-                for kind in KINDS:
-                    total[kind] += times * (more.peaks[place][kind] - least.peaks[place][kind])
+        return of([], [])
     except PEFTError:
         raise
     except Exception as error:
@@ -89,6 +84,19 @@ def step(
             f"plan: a step of {type(module).__name__} can't be simulated without values "
             f"({type(error).__name__}: {message[:300]})"
         ) from error
+
+
+def _by_few(of: Callable[[Sequence[int]], Step], runs: Sequence[Run]) -> Step:
+    """What `step` finds by two and three blocks of each run; `of` says it for so many."""
+    least = of([FEW] * len(runs))
+    found = Step({place: total.copy() for place, total in least.peaks.items()}, least.states)
+    for index, run in enumerate(runs):
+        more = of([FEW + (other == index) for other in range(len(runs))])
+        times = len(run.names) - FEW
+        found.states += times * (more.states - least.states)
+        for place, total in found.peaks.items():
+            for kind in KINDS:
+                total[kind] += times * (more.peaks[place][kind] - least.peaks[place][kind])
     return found
 
 
@@ -110,12 +118,15 @@ class _Step:
         self.module, self.trainer, self.on_gpu, self.offload = module, trainer, on_gpu, offload
         self.ledger = Ledger(CUDA_BLOCK if on_gpu else 1, on_gpu)
 
-    def run(self, given: Any, runs: Sequence[tuple[Run, int]]) -> Step:
+    def run(self, given: Any, runs: Mapping[str, Sequence[str]]) -> Step:
         """Run it.
 
         Args:
             given: the batch.
-            runs: the blocks to tell apart, and how many of each run there are.
+            runs: the paths of the blocks to tell apart, by the label of their run.
+
+        Raises:
+            ValueError: one of these gives another shape than it is given, so that the next has other work to do.
         """
         module, ledger = self.module, self.ledger
         with ExitStack() as stack:
@@ -131,8 +142,8 @@ class _Step:
             ledger.are(WEIGHTS, [*module.parameters(), *module.buffers(), *scales])
             prepare_task(module, self.trainer)
             optimizers, kept = self._optimizers()
-            for run, count in runs:
-                self._watch(run, count)
+            for label, paths in runs.items():
+                self._watch(label, paths)
             batch = with_tensors(given, partial(_on_device, ledger))
             ledger.peaks.clear()
             ledger.enter("forward before")
@@ -188,14 +199,11 @@ class _Step:
             raise PEFTError(f"plan: training_step of {type(self.module).__name__} gives no loss")
         return loss
 
-    def _watch(self, run: Run, count: int) -> None:
+    def _watch(self, label: str, paths: Sequence[str]) -> None:
         """Tell the ledger which block is run, forward and backward."""
-        blocks = list(self.module.get_submodule(run.container)._modules.values())
-        first = int(run.names[0])
-        label = run.container
-        for index, block in enumerate(blocks[first : first + count]):
-            assert block is not None
-            place = f"{label} first" if index == 0 else f"{label} last" if index == count - 1 else f"{label} middle"
+        for path in paths:
+            place = f"{label} {'first' if path == paths[0] else 'last' if path == paths[-1] else 'middle'}"
+            block = self.module.get_submodule(path)
             block.register_forward_pre_hook(partial(self._before, place))
             block.register_forward_hook(partial(self._after, label, place))
 
@@ -206,6 +214,8 @@ class _Step:
                 tensor.register_hook(partial(self._enter, f"backward before {place}"))  # type: ignore[no-untyped-call]
 
     def _after(self, label: str, place: str, block: nn.Module, args: Any, output: Any) -> None:
+        if len({tensor.shape for value in (args, output) for tensor in _tensors(value)[:1]}) > 1:
+            raise ValueError(f"{place}: the block changes the shape of what it is given")
         if place.endswith("last"):
             self.ledger.enter(f"forward after {label}")
         for tensor in _gradients_of(output):
@@ -238,10 +248,15 @@ def _take_step(optimizer: Optimizer) -> None:
         optimizer.step()
 
 
-def _gradients_of(value: Any) -> list[Tensor]:
-    """The first tensor of a block's input or output that a gradient comes back to: hidden states come first."""
+def _tensors(value: Any) -> list[Tensor]:
+    """Those of a block's input or output: hidden states come first."""
     values = value if isinstance(value, (tuple, list)) else value.values() if isinstance(value, Mapping) else [value]
-    return [each for each in values if isinstance(each, Tensor) and each.requires_grad][:1]
+    return [each for each in values if isinstance(each, Tensor)]
+
+
+def _gradients_of(value: Any) -> list[Tensor]:
+    """The first tensor of a block's input or output that a gradient comes back to."""
+    return [each for each in _tensors(value) if each.requires_grad][:1]
 
 
 def _on_device(ledger: Ledger, tensor: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_peft.methods.errors import PEFTError
+
 STEPS = 10**6
 """Optimizer steps that a plan takes training to have: no schedule or method ends within the one that is simulated."""
 
@@ -33,11 +35,32 @@ class PlanningTrainer(pl.Trainer):
         )
         self.state.fn = TrainerFn.FITTING
         self.datamodule = datamodule
+        self._is_prepared = False
 
     @property
     def estimated_stepping_batches(self) -> int | float:
         """A number of steps that no data has to be read for."""
         return STEPS
+
+    def prepare_data(self) -> None:
+        """Let the datamodule get ready for training, where that has not been done.
+
+        Raises:
+            PEFTError: it can't.
+        """
+        if self._is_prepared:
+            return
+        self.datamodule.trainer = self
+        try:
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
+        except (PEFTError, ImportError):
+            raise
+        except Exception as error:
+            raise PEFTError(
+                f"plan: {type(self.datamodule).__name__} can't be set up ({type(error).__name__}: {error})"
+            ) from error
+        self._is_prepared = True
 
     def take(self, module: pl.LightningModule) -> None:
         """Attach a module."""

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from lightning_peft.cli import main
+from lightning_peft.cli.plan import PlanCLI
+from lightning_peft.planning.sharing import Layout
+from lightning_peft.tracking.tables import format_bytes
 
 
 @pytest.fixture
@@ -64,6 +67,9 @@ def test_a_configuration_alone_is_enough(config: Path, tmp_path: Path, capsys: p
         (["--batch", "2x"], "batch: '2x' is neither rows nor rows and length; give 8, or 2x2048"),
         (["--devices", "two"], "devices: 'two' is no list of numbers; give 1, or 1,2,8"),
         (["--methods", "LoRa"], "methods: there is no 'LoRa'; did you mean 'LoRA'?"),
+        (["--json", "no/plan.json"], "json: there is no folder 'no'; make it, or name a file in another"),
+        (["--json", "."], "json: '.' is a folder; name a file in it"),
+        (["--trainer.callbacks", "PEFT", "--trainer.callbacks.method", "IA3"], "two PEFT callbacks are in one Trainer"),
     ],
 )
 def test_mistakes(words: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,3 +90,59 @@ def test_without_bitsandbytes_what_is_dense_is_planned(
     assert "nothing fits 9.5 kB, not with checkpointing and offloading; use a smaller batch" in shown
     assert main([*words, "24GB", "--quantizations", "bf16,int8"]) == 2
     assert capsys.readouterr().err == f"lightning-peft: quantization: int8 {needed}\n"
+
+
+def test_the_stock_form_of_the_callback(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stock, numbers = tmp_path / "stock.yaml", tmp_path / "plan.json"
+    own, section = config.read_text().split("peft: ")
+    callback = f"callbacks: [{{class_path: PEFT, init_args: {section.strip()}}}]"
+    stock.write_text(own.replace("strategy: peft_ddp", f"strategy: peft_ddp, {callback}"))
+    rows, verdicts = [], []
+    for file in (config, stock):
+        words = ["plan", "--config", str(file), "--quantizations", "bf16", "--devices", "1", "--fit", "1.50075GB"]
+        assert main([*words, "--json", str(numbers)]) == 0
+        rows.append(json.loads(numbers.read_text()))
+        verdicts.append(capsys.readouterr().out.splitlines()[-1])
+    assert [(row["method"], row["base"]) for row in rows[0]] == [("LoRA", "none"), ("LoRA", "bf16"), ("full", "none")]
+    assert [row["fits"] for row in rows[0]] == [False, True, False]
+    assert rows[1] == rows[0]
+    assert [verdict.partition("712.5 kB: ")[2] for verdict in verdicts] == [
+        "--peft.base_dtype bfloat16 --trainer.devices 1",
+        "--trainer.callbacks.base_dtype bfloat16 --trainer.devices 1",
+    ]
+
+
+FSDP = ["--trainer.strategy", "lightning_peft.strategies.PEFTFSDPStrategy"]
+
+
+def test_what_is_configured_comes_first(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--config", str(config), "--methods", "LoRA", "--quantizations", "none", "--devices", "2,4"]
+    numbers = tmp_path / "plan.json"
+    words += [*FSDP, "--trainer.strategy.cpu_offload", "true", "--fit", "24GB", "--json", str(numbers)]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    rows = json.loads(numbers.read_text())
+    assert [(row["devices"], row["strategy"], row.get("cpu_offload", False)) for row in rows] == [
+        *[(2, "peft_ddp", False), (2, "peft_fsdp", False), (2, "peft_fsdp", True)],
+        *[(4, "peft_ddp", False), (4, "peft_fsdp", False), (4, "peft_fsdp", True)],
+    ]
+    peaks = [format_bytes(row["peak"]) for row in rows if row.get("cpu_offload")]
+    assert shown.splitlines()[-2:] == [
+        f"2 devices of 24GB: fits as configured, {peaks[0]} of 21.4 GB",
+        f"4 devices of 24GB: the cheapest that fits takes {peaks[1]} of 21.4 GB: --trainer.devices 4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "layout"),
+    [
+        (["--trainer.devices", "0,1,3"], Layout("peft_ddp", 3)),
+        (["--trainer.devices", "[0,1]", "--trainer.strategy", "ddp"], Layout("peft_ddp", 2)),
+        (["--trainer.strategy", '{"class_path": "lightning.pytorch.strategies.DDPStrategy"}'], Layout("peft_ddp", 2)),
+        (["--trainer.strategy", "peft_fsdp", "--trainer.num_nodes", "2"], Layout("peft_fsdp", 4)),
+        ([*FSDP, "--trainer.strategy.replicas", "2"], Layout(devices=2)),
+        (["--trainer.strategy", "auto", "--trainer.devices", "auto"], Layout()),
+    ],
+)
+def test_devices_and_their_strategy(words: list[str], layout: Layout, config: Path) -> None:
+    assert PlanCLI(["--config", str(config), *words]).planned.layout == layout

@@ -152,8 +152,32 @@ def test_the_cheapest_says_what_it_changes() -> None:
     assert cheapest(known, own, 1, 6 * 10**9) is None
     of_two = cheapest(known, own, 2, 24 * 10**9)
     assert of_two is not None
-    assert of_two.changes == {"trainer.strategy": "peft_ddp"}
-    assert cheapest(known, own, 2, 24 * 10**9, "peft_ddp").changes == {}  # type: ignore[union-attr]
+    assert of_two.changes == {"trainer.devices": 2, "trainer.strategy": "peft_ddp"}
+
+
+@pytest.mark.parametrize(
+    ("given", "devices", "layout", "changes"),
+    [
+        (Layout("peft_ddp", 2), 2, Layout("peft_ddp", 2), {}),
+        (Layout("peft_fsdp", 2), 2, Layout("peft_fsdp", 2), {}),
+        (Layout("peft_fsdp", 2, True), 2, Layout("peft_fsdp", 2, True), {}),
+        (Layout(devices=2), 2, Layout("peft_ddp", 2), {"trainer.strategy": "peft_ddp"}),
+        (Layout("peft_fsdp", 2), 4, Layout("peft_fsdp", 4), {"trainer.devices": 4}),
+        (Layout("peft_fsdp", 2), 1, Layout(), {"trainer.devices": 1}),
+        (Layout("peft_fsdp", 1), 1, Layout(), {}),
+    ],
+)
+def test_the_configured_strategy_is_first(given: Layout, devices: int, layout: Layout, changes: dict[str, Any]) -> None:
+    class Roomy:
+        """In place of a planner: everything fits."""
+
+        def estimate(self, setting: Setting, layout: Layout) -> Any:
+            return Estimate(setting, layout, weights=1)
+
+    roomy: Any = Roomy()
+    choice = cheapest(roomy, Setting(LoRA()), devices, 24 * 10**9, given)
+    assert choice is not None
+    assert (choice.estimate.layout, choice.changes) == (layout, changes)
 
 
 def test_names_of_bases() -> None:
