@@ -17,8 +17,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_peft.callback.base import Base, base_faults
 from lightning_peft.callback.compatibility import check_trainer
+from lightning_peft.callback.hyperparameters import warn_of_unsaved
 from lightning_peft.callback.module import AdaptedModule, Plan, adapt, go_on_with_random_numbers, mark_buffers
 from lightning_peft.callback.precision import keep_adapters, warn_of_precision
+from lightning_peft.callback.slurm import save_alone
 from lightning_peft.callback.training import kind_for
 from lightning_peft.injection import method_adapters
 from lightning_peft.methods.base import Method
@@ -123,6 +125,10 @@ class PEFT(pl.Callback):
                     callback.spec = pl_module._peft_plan.spec
         rank_zero_only(print_summary)(pl_module)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let a checkpoint that SLURM asks for wait for no other rank."""
+        save_alone(trainer)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Log what the method reports of its adapters."""
         if trainer.loggers and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -162,7 +168,8 @@ def load_from_checkpoint(
         base_dtype: what to cast the base to instead, as in `PEFT`; None leaves it as `cls` builds it.
         base_weights: where the weights of a model are that `cls` builds on the meta device, as in `PEFT`.
         allow_other_base: load also onto another base than the adapter was trained on.
-        **kwargs: arguments of `cls`, where the checkpoint's hyper-parameters lack or shall not decide them.
+        **kwargs: arguments of `cls`, where the checkpoint's hyper-parameters lack or shall not decide them; of those
+            that were left out of it, because they are no plain values, a warning names what is not given.
 
     Raises:
         PEFTError: the file is unreadable or holds no adapter, or the adapter does not fit the module; nothing is half
@@ -170,6 +177,7 @@ def load_from_checkpoint(
     """
     checkpoint = read_checkpoint(path, map_location)
     spec = spec_of(checkpoint, str(path))
+    warn_of_unsaved(spec, kwargs, cls, str(path))
     method = method_of(spec)
     base = _base_of(spec, str(path), quantization, base_dtype, base_weights)
     if isinstance(map_location, (str, torch.device)):

@@ -14,13 +14,13 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_peft.callback.base import Base
 from lightning_peft.callback.compatibility import check_averages
+from lightning_peft.callback.hyperparameters import drop_objects
 from lightning_peft.callback.memory import apply_memory_options
-from lightning_peft.callback.optimizers import keep_trainable
+from lightning_peft.callback.optimizers import keep_trainable, optimizers_in
 from lightning_peft.injection import inject, method_adapters, records, trainable_parameters
 from lightning_peft.methods._host import Adapter, Host, Swapped, swap
 from lightning_peft.methods._sharded import refuse_sharded
@@ -46,7 +46,7 @@ from lightning_peft.state import (
     tensor_faults,
 )
 from lightning_peft.strategies import PEFTFSDPStrategy
-from lightning_peft.strategies.agreement import agree_on_configuration, everyones, faults_told
+from lightning_peft.strategies.agreement import agree_on_configuration, agree_on_optimizers, everyones, faults_told
 from lightning_peft.strategies.tensor_parallel import check_split
 
 NOTICE = (
@@ -66,6 +66,8 @@ HOOKS = (
 STATES = ("state_dict", "current_model_state")
 """Where a checkpoint holds the module's tensors; WeightAveraging keeps the current ones beside the averaged."""
 BUFFER_SAMPLES = 4096
+SETTINGS = ("precision", "accumulate_grad_batches", "gradient_clip_val", "max_epochs", "max_steps")
+"""Of the Trainer, with which ranks that differ would train otherwise."""
 
 
 @dataclass
@@ -109,7 +111,8 @@ class AdaptedModule(Swapped, LightningModule):
         with faults_told():
             self._configure()
         assert self._peft_plan.spec is not None
-        agree_on_configuration(self._peft_plan.spec, trainable_parameters(self))
+        settings = {name: getattr(self._trainer, name) for name in SETTINGS}
+        agree_on_configuration(self._peft_plan.spec, trainable_parameters(self), settings)
 
     def _configure(self) -> None:
         plan = self._peft_plan
@@ -153,7 +156,19 @@ class AdaptedModule(Swapped, LightningModule):
                 wake(self)
 
     def configure_optimizers(self) -> Any:
-        """The module's own, with only what trains left in its optimizers."""
+        """The module's own, with only what trains left in its optimizers; on all ranks the same.
+
+        Raises:
+            PEFTError: of the optimizers; or on another rank it failed, or came to something else.
+        """
+        if self._trainer is None or self._trainer.world_size == 1:
+            return self._peft_optimizers()
+        with faults_told():
+            configured = self._peft_optimizers()
+        agree_on_optimizers(optimizers_in(configured))
+        return configured
+
+    def _peft_optimizers(self) -> Any:
         plan = self._peft_plan
         for adapter in method_adapters(self, plan.adapter_name).values():
             adapter.before_training()
@@ -186,7 +201,7 @@ class AdaptedModule(Swapped, LightningModule):
             # a rank that was interrupted is alone in here
             alone = self._trainer is None or self._trainer.interrupted
             checkpoint[KEY]["rng_states"] = [rng_state()] if alone else everyones(rng_state())
-        _drop_modules(checkpoint)
+        drop_objects(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit, before anything is loaded; then the module's own."""
@@ -342,22 +357,12 @@ def _moved(buffers: Mapping[str, Tensor], at_start: Mapping[str, tuple[bytes, in
 
 
 def _metrics(module: LightningModule) -> dict[str, float]:
-    """What was logged last, for whoever reads the checkpoint later on."""
-    metrics = module._trainer.callback_metrics if module._trainer is not None else {}
-    return {name: float(value) for name, value in metrics.items()}
-
-
-def _drop_modules(checkpoint: dict[str, Any]) -> None:
-    """Leave out hyper-parameters that are modules: they would bring the frozen base back in, as a pickle."""
-    parameters = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    modules = [name for name, value in parameters.items() if isinstance(value, nn.Module)]
-    if modules:
-        rank_zero_warn(
-            f"the hyper-parameters {', '.join(modules)} are modules and are not saved; use "
-            f"save_hyperparameters(ignore={modules}), and give them to load_from_checkpoint"
-        )
-        kept = {name: value for name, value in parameters.items() if name not in modules}
-        checkpoint[LightningModule.CHECKPOINT_HYPER_PARAMS_KEY] = kept
+    """What was logged last, for whoever reads the checkpoint later on; nothing where a rank of several was interrupted,
+    since a mean over ranks would wait for them."""
+    trainer = module._trainer
+    if trainer is None or (trainer.interrupted and trainer.world_size > 1):
+        return {}
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _forgive_frozen_keys(module: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -77,10 +77,10 @@ def output_heads(model: nn.Module) -> set[str]:
     """Paths below which a transformers model has its output head: what "all-linear" leaves alone."""
     heads: set[str] = set()
     for path, module in base_modules(model):
-        get_output: Any = getattr(module, "get_output_embeddings", None)
-        if get_output is None:
+        # of the class: what torch.compile wraps a model in passes on whatever it is asked
+        if not hasattr(type(module), "get_output_embeddings"):
             continue
-        base, output = getattr(module, "base_model", module), get_output()
+        base, output = getattr(module, "base_model", module), cast(Any, module).get_output_embeddings()
         for name, child in base_modules(module):
             top = name != "" and "." not in name
             # some models have no body of their own to tell the head from, but are named for what it does

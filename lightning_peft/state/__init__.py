@@ -1,7 +1,7 @@
 """Which tensors are the adapter's, how they are stored, and whether they fit the model that they are loaded into."""
 
 from lightning_peft.state.checksum import checksum
-from lightning_peft.state.files import AtomicCheckpointIO, read_checkpoint
+from lightning_peft.state.files import AtomicCheckpointIO, expanded, read_checkpoint
 from lightning_peft.state.fingerprint import Fingerprint, fingerprint, keep_sample, sample_bytes
 from lightning_peft.state.folders import save_folder
 from lightning_peft.state.frozen import frozen_buffers, frozen_tensors
@@ -30,6 +30,7 @@ __all__ = [
     "base_parameters",
     "base_quantization",
     "checksum",
+    "expanded",
     "fingerprint",
     "frozen_buffers",
     "frozen_tensors",

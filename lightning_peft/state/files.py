@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from pathlib import Path
@@ -29,6 +30,7 @@ def read_checkpoint(path: _PATH, map_location: Any = "cpu", weights_only: bool =
     """
     if str(path).startswith("wandb:"):
         raise PEFTError(f"{path}: is in W&B; bring it here first: lightning-peft import {path} adapter.ckpt")
+    path = path if "://" in str(path) else expanded(path)
     try:
         checkpoint = _read(path, map_location, weights_only)
     except (FileNotFoundError, IsADirectoryError) as error:
@@ -37,15 +39,22 @@ def read_checkpoint(path: _PATH, map_location: Any = "cpu", weights_only: bool =
         forbidden = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
         if forbidden is None:
             raise _unreadable(path, error) from error
+        name = forbidden[1].rpartition(".")[2]
         raise PEFTError(
             f"{path}: holds Python objects other than tensors and plain types, which could run code when loaded "
-            f"({forbidden[1]}); if you trust the file, pass weights_only=False to trainer.fit, test or predict"
+            f"({forbidden[1]}); if you trust the file, pass weights_only=False to trainer.fit, test or predict, or "
+            f"call torch.serialization.add_safe_globals([{name}]) before load_from_checkpoint"
         ) from error
     except (OSError, RuntimeError, EOFError, BadZipFile, KeyError, ValueError, AttributeError) as error:
         raise _unreadable(path, error) from error
     if not isinstance(checkpoint, dict):
         raise _unreadable(path, TypeError(f"holds a {type(checkpoint).__name__}"))
     return checkpoint
+
+
+def expanded(path: _PATH) -> Path:
+    """The local file, where `~` is the user's home, as it is for Lightning's own writer."""
+    return Path(os.path.expanduser(path))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -57,7 +66,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path)
+        target = expanded(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as file:
             torch.save(checkpoint, file)

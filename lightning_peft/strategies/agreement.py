@@ -7,7 +7,7 @@ and all of them raise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 
 from lightning_peft.methods._sharded import is_sharded, local_part
 from lightning_peft.methods.errors import PEFTError
@@ -26,6 +27,8 @@ SHOWN = 3
 BASE, CONFIGURATION, FAULT = "base", "configuration", "fault"
 ABSENT = "absent"
 TRAINED = "trained "
+OF_PARAMETERS = ("params", "param_names")
+"""What a group of an optimizer holds beside its options."""
 
 
 def everyones(value: Any, group: Any = None) -> list[Any]:
@@ -38,18 +41,42 @@ def everyones(value: Any, group: Any = None) -> list[Any]:
     return values
 
 
-def agree_on_configuration(spec: Spec, trained: Mapping[str, Tensor]) -> None:
+def agree_on_configuration(spec: Spec, trained: Mapping[str, Tensor], settings: Mapping[str, object]) -> None:
     """Compare what is trained, and how, with the other ranks; every rank has to call it, or to fail in `faults_told`.
 
     Args:
         spec: the adapter's, of which all but the base is compared.
         trained: what trains, by name; names, shapes and dtypes are compared.
+        settings: of the Trainer.
 
     Raises:
         PEFTError: on every rank, with what differs; or another rank has failed.
     """
-    facts = dict(_flat({name: value for name, value in spec.items() if name != "base"}))
+    facts = dict(_flat({**{name: value for name, value in spec.items() if name != "base"}, "trainer": settings}))
     facts |= {f"{TRAINED}{name}": f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in trained.items()}
+    _agree(facts)
+
+
+def agree_on_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Compare the optimizers' classes and options with the other ranks'; every rank has to call it, or to fail in
+    `faults_told`.
+
+    The module's hyper-parameters are not compared, of which each rank may have its own, such as a seed or a folder of
+    its disk; of those that would train one rank otherwise, most come to stand in an optimizer.
+
+    Raises:
+        PEFTError: on every rank, with what differs; or another rank has failed.
+    """
+    facts = {}
+    for number, optimizer in enumerate(optimizers):
+        facts[f"optimizers.{number}.class"] = type(optimizer).__name__
+        for place, group in enumerate(optimizer.param_groups):
+            options = {name: _shown(option) for name, option in group.items() if name not in OF_PARAMETERS}
+            facts |= dict(_flat(options, f"optimizers.{number}.groups.{place}"))
+    _agree(facts)
+
+
+def _agree(facts: Facts) -> None:
     found = _differences(CONFIGURATION, facts)
     # what trains follows from the rest, and differs by itself where the modules do
     found = {label: values for label, values in found.items() if not label.startswith(TRAINED)} or found
@@ -167,6 +194,15 @@ def _ranks(ranks: list[int]) -> str:
         return f"rank {ranks[0]}"
     listed = ", ".join(map(str, ranks[:8]))
     return f"ranks {listed}{f' and {len(ranks) - 8} more' if len(ranks) > 8 else ''}"
+
+
+def _shown(option: Any) -> Any:
+    """An optimizer's option, as it is shown alike by processes on other devices and with other addresses."""
+    if isinstance(option, Tensor):
+        return option.tolist()
+    if isinstance(option, (list, tuple)):
+        return tuple(_shown(item) for item in option)
+    return option if option is None or isinstance(option, (bool, int, float, str)) else type(option).__name__
 
 
 def _flat(value: Any, label: str = "") -> Iterator[tuple[str, str]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property, partial
-from pathlib import Path
+from itertools import accumulate
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -22,15 +24,25 @@ from torch.optim import Optimizer
 from lightning_peft.injection import records, trainable_parameters
 from lightning_peft.methods._sharded import is_sharded
 from lightning_peft.methods.errors import PEFTError
-from lightning_peft.state import frozen_tensors, keep_sample, save_folder
+from lightning_peft.state import expanded, frozen_tensors, keep_sample, save_folder
 from lightning_peft.strategies.agreement import agree_on_base, everyones, faults_told
 from lightning_peft.strategies.buffers import KeepsBuffersEqual, MovingBuffers
 from lightning_peft.strategies.ddp import tell_of_lost_ranks
 from lightning_peft.strategies.gradients import average_gradients, make_equal
-from lightning_peft.strategies.sharding import Sharding, begin_together, is_prepared, move_whole, tell_transformers
+from lightning_peft.strategies.sharding import (
+    Sharding,
+    begin_together,
+    check_dtype,
+    dtype_name,
+    is_prepared,
+    move_whole,
+    tell_transformers,
+)
 from lightning_peft.strategies.tensor_parallel import check_gradients, is_split, same_random_numbers
 from lightning_peft.strategies.units import Unit, find_units
 
+OTHER_DTYPE = "same dtype|should be the same"
+"""What torch says of a matrix product, or a convolution, of two dtypes."""
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -38,11 +50,12 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
     """FSDP2 for the frozen base alone: `strategy="peft_fsdp"`.
 
     Each rank keeps its part of the base's matrices and gathers those of one block at a time. What trains is whole on
-    every rank, and its gradients are averaged by one all-reduce a step. Adapters are small beside the base; so they,
-    their optimizer's state and their checkpoints are as under any other strategy, on any number of ranks. To shard them
-    with their block was measured, too (LoRA of rank 16 and 64 on 8 blocks, two ranks of gloo, by
-    tests/strategies/whole_or_sharded.py): it sends 8% and 30% more, in 8 collectives in place of one, and a step takes
-    1.1 to 1.6 times as long. A module stays sharded after a run, for a later one.
+    every rank, and its gradients are averaged by one all-reduce a step; under manual optimization, after each backward
+    pass as well. Adapters are small beside the base; so they, their optimizer's state and their checkpoints are as
+    under any other strategy, on any number of ranks. To shard them with their block was measured, too (LoRA of rank 16
+    and 64 on 8 blocks, two ranks of gloo, by tests/strategies/whole_or_sharded.py): it sends 8% and 30% more, in 8
+    collectives in place of one, and a step takes 1.1 to 1.6 times as long. A module stays sharded after a run, for a
+    later one, which has to be of the same precision where that is 16-mixed or bf16-mixed.
 
     Args:
         replicas: how many times the base is held: 1 shards it over all ranks; with as many as there are nodes, weights
@@ -103,7 +116,9 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
         self.replicas, self.names, self.cpu_offload, self.sync_base = replicas, shard, cpu_offload, sync_base
         self.split_over = tensor_parallel_size
         self._are_gradients_checked = tensor_parallel_size == 1
-        self._predicted: list[tuple[int, int]] = []
+        self._batches_predicted = 0
+        self._again: Counter[int] = Counter()
+        """How often the last of so many batches is predicted again."""
 
     def setup_environment(self) -> None:
         """Start the process group, with the ranks in a data-parallel and a tensor-parallel dimension.
@@ -131,6 +146,10 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
         assert self.lightning_module is not None
         with faults_told():
             _check(self.lightning_module)
+            check_dtype(self.lightning_module, self._autocast, str(self.precision_plugin.precision))
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            # FSDP2 would allocate what it gathers into as inference tensors, which no later run could train with
+            loop.inference_mode = False
         same_random_numbers(self.device_mesh)
         super().setup(trainer)
 
@@ -195,32 +214,44 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
 
         def averaged() -> Any:
             result = closure()
-            if not self._are_gradients_checked:
-                check_gradients(trainable_parameters(cast(nn.Module, self.lightning_module)), self.device_mesh)
-                self._are_gradients_checked = True
-            average_gradients(parameters)
+            self._average(parameters)
             return result
 
         return super().optimizer_step(optimizer, averaged, model, **kwargs)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Under manual optimization, take the mean of the ranks' gradients here: the module may clip them before it
+        steps, and step past this strategy."""
+        super().post_backward(closure_loss)
+        module = cast(pl.LightningModule, self.lightning_module)
+        if not module.automatic_optimization:
+            self._average(trainable_parameters(module).values())
+
+    def _average(self, parameters: Iterable[nn.Parameter]) -> None:
+        if not self._are_gradients_checked:
+            check_gradients(trainable_parameters(cast(nn.Module, self.lightning_module)), self.device_mesh)
+            self._are_gradients_checked = True
+        average_gradients(parameters)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own. A rank with fewer batches than others runs its last one again, without effect, as often as
         they wait for its part of the weights."""
         result = super().predict_step(*args, **kwargs)
-        for _ in range(self._missing(*args[1:3])):
+        self._batches_predicted += 1
+        for _ in range(self._again[self._batches_predicted]):
             super().predict_step(*args, **kwargs)
         return result
 
     def on_predict_start(self) -> None:
-        """Tell each other how many batches there are."""
+        """Tell each other how many batches there are of each loader."""
         super().on_predict_start()
         assert self.lightning_module is not None
         own = [int(count) if count != math.inf else 0 for count in self.lightning_module.trainer.num_predict_batches]
-        self._predicted = list(zip(own, map(max, zip(*everyones(own), strict=True)), strict=True))
-
-    def _missing(self, index: int, loader: int = 0) -> int:
-        own, most = self._predicted[loader]
-        return most - own if index + 1 == own else 0
+        most = map(max, zip(*everyones(own), strict=True))
+        self._batches_predicted, self._again = 0, Counter()
+        # loaders come one after the other
+        for end, here, longest in zip(accumulate(own), own, most, strict=True):
+            self._again[end] += longest - here
 
     def on_exception(self, exception: BaseException) -> None:
         """Say what to do where another rank is gone, and where a sharded weight was read without a call."""
@@ -230,6 +261,13 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
             exception.args = (
                 f"{exception}\nA weight was read of a module that was not called, so that it was not gathered: name "
                 "the modules to shard in PEFTFSDPStrategy(shard=[…]), such as the list of blocks, without that one.",
+            )
+        dtype = self._autocast
+        if dtype is not None and isinstance(exception, RuntimeError) and re.search(OTHER_DTYPE, str(exception)):
+            exception.args = (
+                f"{exception}\nWeights are gathered in {dtype_name(dtype)}, as autocast would cast them, also where "
+                "the module turns it off: bring the input to the weight's dtype there; or name the modules to shard in "
+                "PEFTFSDPStrategy(shard=[…]), without that one; or use precision='32-true'.",
             )
 
     # what is saved and loaded is whole on every rank: as for one device, without ModelParallelStrategy's gathering
@@ -266,7 +304,8 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
         # a rank that was interrupted is alone in here
         together = not self.lightning_module.trainer.interrupted
         if together or self.is_global_zero:
-            save_folder(checkpoint, Path(self.broadcast(filepath) if together else filepath), together=together)
+            target = expanded(self.broadcast(filepath) if together else filepath)
+            save_folder(checkpoint, target, together=together)
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the file or folder, whole, on each rank."""
@@ -280,13 +319,17 @@ class PEFTFSDPStrategy(KeepsBuffersEqual, ModelParallelStrategy):
         """Into the optimizers."""
         Strategy.load_optimizer_state_dict(self, checkpoint)
 
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        return AUTOCAST.get(str(self.precision_plugin.precision))
+
     @cached_property
     def _sharding(self) -> Sharding:
         mesh = self.device_mesh["data_parallel"]
         if self.replicas > 1:
             sizes = (self.replicas, self.world_size // self.replicas)
             mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=("replicate", "shard"))
-        return Sharding(mesh, AUTOCAST.get(str(self.precision_plugin.precision)), self.cpu_offload)
+        return Sharding(mesh, self._autocast, self.cpu_offload)
 
     def _agree(self, module: nn.Module, prefix: str) -> None:
         here = {

@@ -19,6 +19,8 @@ from lightning_peft.methods.errors import PEFTError
 from lightning_peft.strategies.units import Unit
 
 CAST_BY_AUTOCAST = (nn.Linear, nn.modules.conv._ConvNd)
+GATHERED_IN = "_peft_gathered_in"
+"""An attribute of a piece: the dtype that its weights are gathered in, where it is not their own."""
 SHARDS_INTEGERS = Version(torch.__version__).release >= (2, 12)
 """Whether FSDP2 takes parameters of integers: torch 2.11's asks gradients of them."""
 
@@ -44,17 +46,19 @@ class Sharding:
         sharded = {id(module._parameters[name]) for module, name in unit.weights}
         ignored = {parameter for parameter in unit.module.parameters() if id(parameter) not in sharded}
         offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if self.cpu_offload else OffloadPolicy()
-        before = type(unit.module)
+        before, gathered_in = type(unit.module), self._cast(unit)
         fully_shard(
             unit.module,
             mesh=self.mesh,
             # said here, since a piece that is called by no other would otherwise stay gathered
             reshard_after_forward=True,
-            mp_policy=MixedPrecisionPolicy(param_dtype=self._cast(unit), cast_forward_inputs=False),
+            mp_policy=MixedPrecisionPolicy(param_dtype=gathered_in, cast_forward_inputs=False),
             offload_policy=offload,
             ignored_params=ignored,
         )
         record_outputs_of(before, type(unit.module))
+        if gathered_in is not None:
+            vars(unit.module)[GATHERED_IN] = gathered_in
 
     def _cast(self, unit: Unit) -> torch.dtype | None:
         """The dtype in which weights are gathered, where autocast would bring each of them to it anyway."""
@@ -84,6 +88,31 @@ def move_whole(module: nn.Module, device: torch.device) -> None:
 def is_prepared(model: nn.Module) -> bool:
     """Whether some module of `model` is one of FSDP2's."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def check_dtype(model: nn.Module, autocast: torch.dtype | None, precision: str) -> None:
+    """Refuse a model that an earlier run sharded to be gathered in another dtype than autocast computes in.
+
+    Args:
+        model: the model.
+        autocast: what autocast computes in; None where it is off.
+        precision: the Trainer's.
+
+    Raises:
+        PEFTError: it was sharded so.
+    """
+    gathered_in = {vars(module)[GATHERED_IN] for module in model.modules() if GATHERED_IN in vars(module)}
+    if gathered_in - {autocast}:
+        (dtype,) = gathered_in
+        raise PEFTError(
+            f"precision: {precision!r} can't be, since an earlier run sharded the module so that its weights are "
+            f"gathered in {dtype_name(dtype)}; go on with that run's precision, or build the module anew"
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def tell_transformers(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +165,60 @@ def test_arguments_that_are_modules_are_given_again(tmp_path: Path) -> None:
     module = Wraps(backbone())
     run = trainer(tmp_path, method=LoRA(r=2), max_epochs=1, enable_checkpointing=False)
     run.fit(module, data())
-    with pytest.warns(UserWarning, match="hyper-parameters backbone are modules and are not saved"):
+    with pytest.warns(UserWarning, match=r"hyper-parameters backbone \(Sequential\) are no plain values and are not"):
         run.save_checkpoint(tmp_path / "w.ckpt")
     assert set(torch.load(tmp_path / "w.ckpt", weights_only=True)["hyper_parameters"]) == {"seed", "lr"}
     loaded = load_from_checkpoint(Wraps, tmp_path / "w.ckpt", backbone=backbone())
     (x, _), *_ = data()
     assert torch.equal(loaded(x), module(x))
+
+
+def test_objects_among_the_arguments_are_left_out_and_missed(tmp_path: Path) -> None:
+    class Made(Toy):
+        def __init__(self, activation: type[nn.Module] = nn.ReLU, where: Path | None = None, width: int = 4) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.body[2] = activation()
+
+    class Rows(L.LightningDataModule):
+        def __init__(self, folder: Path) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self) -> Any:
+            return data()
+
+    module, path = Made(nn.Tanh, tmp_path, width=5), tmp_path / "made.ckpt"
+    run = trainer(tmp_path, method=LoRA(r=2), max_epochs=1, enable_checkpointing=False)
+    run.fit(module, datamodule=Rows(tmp_path))
+    kinds = rf"activation \(type\), where \({type(tmp_path).__name__}\)"
+    with pytest.warns(UserWarning, match=f"hyper-parameters {kinds} are no plain values and are not saved; use save_"):
+        run.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    assert saved["hyper_parameters"] == {"seed": 0, "lr": 0.05, "width": 5}
+    assert saved["datamodule_hyper_parameters"] == {}
+    (x, _), *_ = data()
+    loaded = load_from_checkpoint(Made, path, activation=nn.Tanh, where=None)
+    assert torch.equal(loaded.eval()(x), module.eval()(x))
+    told = "the hyper-parameters activation, where were not saved, and Made takes its defaults; give those of the run: "
+    call = "load_from_checkpoint(Made, path, activation=…, where=…)"
+    with pytest.warns(UserWarning, match=f"^{re.escape(f'{path}: {told}{call}')}$"):
+        assert not torch.equal(load_from_checkpoint(Made, path).eval()(x), module(x))
+
+
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    module = Toy()
+    run = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    run.fit(module, data())
+    run.save_checkpoint("~/runs/a.ckpt")
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.ckpt")] == ["home/runs/a.ckpt"]
+    (x, _), *_ = data()
+    assert torch.equal(load_from_checkpoint(Toy, "~/runs/a.ckpt").eval()(x), module.eval()(x))
+    absent = f"{tmp_path}/home/runs/b.ckpt: there is no such checkpoint file; in {tmp_path}/home/runs there is a.ckpt"
+    with pytest.raises(PEFTError, match=f"^{re.escape(absent)}$"):
+        trainer(tmp_path).validate(module, data(), ckpt_path="~/runs/b.ckpt", verbose=False)
 
 
 def test_a_module_injected_by_hand_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -184,6 +184,20 @@ def test_code_in_a_file_does_not_run(good: Path, tmp_path: Path) -> None:
             load()
 
 
+def test_a_trusted_object_is_read_in_the_way_that_is_told(good: Path, tmp_path: Path) -> None:
+    path = rewritten(good, tmp_path, lambda c: c.update(activation=nn.ReLU))
+    with pytest.raises(PEFTError) as error:
+        load_from_checkpoint(Toy, path)
+    assert str(error.value) == (
+        f"{path}: holds Python objects other than tensors and plain types, which could run code when loaded "
+        "(torch.nn.modules.activation.ReLU); if you trust the file, pass weights_only=False to trainer.fit, test or "
+        "predict, or call torch.serialization.add_safe_globals([ReLU]) before load_from_checkpoint"
+    )
+    with torch.serialization.safe_globals([nn.ReLU]):
+        loaded = load_from_checkpoint(Toy, path)
+    assert torch.equal(loaded.state_dict()[A], torch.load(good, weights_only=True)["state_dict"][A])
+
+
 def test_a_whole_model_is_no_adapter(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
     run.callbacks.pop(0)  # type: ignore[attr-defined]

@@ -103,6 +103,28 @@ class Manual(Toy):
         ]
 
 
+class Clipped(Manual):
+    """Clips by hand, to less than any gradient has."""
+
+    def training_step(self, batch: list[Tensor], _: int) -> None:
+        self.manual_backward(self.loss(batch))
+        for optimizer in self.optimizers():
+            self.clip_gradients(optimizer, 1e-3, "norm")
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Raw(Manual):
+    """Steps after two backward passes, and past the strategy."""
+
+    def training_step(self, batch: list[Tensor], index: int) -> None:
+        self.manual_backward(self.loss(batch) / 2)
+        if index % 2:
+            for optimizer in self.optimizers(use_pl_optimizer=False):
+                optimizer.step()
+                optimizer.zero_grad()
+
+
 class Decoder(Toy):
     """A transformer, for methods that stand on nothing else."""
 

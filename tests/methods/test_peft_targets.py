@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 import transformers
 from torch import nn
 
@@ -193,3 +194,10 @@ def test_heads_of_a_nested_model_are_found() -> None:
     assert len(found) == 14  # 6 in each of 2 layers, the pooler, and the head that no transformers model owns
     assert "teacher.classifier" not in found
     assert "own_head" in found
+
+
+def test_a_compiled_model_has_the_targets_of_the_model() -> None:
+    base = MODELS["llama"]()
+    compiled = nn.ModuleDict({"model": torch.compile(copy.deepcopy(base), backend="eager")})
+    assert ours(compiled) == {f"model._orig_mod.{path}" for path in ours(base)}
+    assert len(ours(base)) == 14

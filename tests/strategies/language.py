@@ -63,6 +63,35 @@ class Language(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
 
 
+class Short(Language):
+    """Whose hook asks for no number of the batch."""
+
+    def predict_step(self, batch: list[Tensor]) -> Tensor:
+        return super().predict_step(batch, 0)
+
+
+class OfLoaders(Language):
+    def predict_step(self, batch: list[Tensor], _: int, dataloader_idx: int) -> Tensor:
+        return super().predict_step(batch, 0)
+
+
+class Reading(Language):
+    """Reads the weight of its embedding without a call."""
+
+    def loss(self, ids: Tensor) -> Tensor:
+        embedded = nn.functional.embedding(ids, self.model.model.embed_tokens.weight)
+        return self.model(inputs_embeds=embedded, labels=ids).loss
+
+
+class Precise(Language):
+    """Runs its head in float32, outside of autocast."""
+
+    def loss(self, ids: Tensor) -> Tensor:
+        hidden = self.model.model(input_ids=ids).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.model.lm_head(hidden.float()).logsumexp(-1).mean()
+
+
 def stir(module: nn.Module) -> None:
     """Start what trains anew, the same on any number of ranks, and away from where it does nothing."""
     generator = torch.Generator().manual_seed(4)

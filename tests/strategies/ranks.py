@@ -15,85 +15,29 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_peft import PEFT, AdaLoRA, LoRA, PEFTDDPStrategy, PEFTError, trainable_parameters
+from lightning_peft import PEFT, AdaLoRA, LoRA, PEFTDDPStrategy, PEFTError
 from lightning_peft.methods._sharded import is_sharded
 from lightning_peft.strategies.ddp import MARKS
 from lightning_peft.tracking import PredictionFile
 from tests.callback.toys import Toy, data, lora, trainer
 from tests.processes import accelerator
 from tests.strategies.counting import Collectives
+from tests.strategies.kinds import Alternating, Centred, Plain, Seeded, Wide
 
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 ACCELERATOR = accelerator(max(WORLD, 2))
-WIDTH = 1000
 TIMEOUT = 60
 """Seconds after which a rank gives up on others."""
-
-
-class Wide(Toy):
-    """With a base of 8 MB, and buffers of 0.8 MB that stay as they are."""
-
-    def build(self) -> None:
-        super().build()
-        with torch.random.fork_rng():
-            torch.manual_seed(self.hparams["seed"])
-            self.body.insert(1, nn.Linear(16, WIDTH))
-            self.body.insert(2, nn.Linear(WIDTH, WIDTH))
-            self.body.insert(3, nn.Linear(WIDTH, WIDTH))
-            self.body.insert(4, nn.Linear(WIDTH, 16))
-            self.register_buffer("table", torch.randn(100, WIDTH))
-            self.register_buffer("cache", torch.randn(100, WIDTH), persistent=False)
-
-
-class Centred(Toy):
-    """With a buffer of its own that training moves."""
-
-    def build(self) -> None:
-        super().build()
-        self.register_buffer("center", torch.zeros(16))
-
-    def training_step(self, batch: Any, index: int) -> Any:
-        self.center.mul_(0.9).add_(self.body(batch[0]).detach().mean(0))
-        return super().training_step(batch, index)
-
-
-class Plain(Toy):
-    """Without what makes a rank's batches differ from one batch of both: dropout and batch statistics."""
-
-    def build(self) -> None:
-        super().build()
-        self.body[1] = nn.Identity()
-        self.body[3] = nn.Identity()
-
-    def on_fit_start(self) -> None:
-        generator = torch.Generator().manual_seed(4)
-        for parameter in trainable_parameters(self).values():
-            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
-class Alternating(Plain):
-    """Runs through its last layer in every second batch alone."""
-
-    def training_step(self, batch: Any, index: int) -> Any:
-        hidden = self.body[:4](batch[0])
-        hidden = self.body[4](hidden) if index % 2 else hidden
-        return nn.functional.cross_entropy(self.head(hidden), batch[1])
-
-
-class Seeded(Toy):
-    """Whose ranks draw other random numbers from the first batch on."""
-
-    def on_train_start(self) -> None:
-        if self.global_step == 0:
-            torch.manual_seed(100 + self.global_rank)
 
 
 def plain() -> PEFT:
@@ -201,13 +145,26 @@ def quantized_base(folder: Path) -> dict[str, Any]:
 
 
 def other_configuration(folder: Path) -> dict[str, Any]:
-    def start(strategy: str, peft: PEFT, *callbacks: L.Callback) -> str:
-        return refused(lambda: run(folder, strategy, *callbacks, peft=peft).fit(Toy(), data()))
+    def start(
+        strategy: str, peft: PEFT | None = None, module: type[Toy] = Toy, lr: float = 0.05, **options: Any
+    ) -> str:
+        return refused(lambda: run(folder, strategy, peft=peft, **options).fit(module(lr=lr), data()))
+
+    class Refusing(Toy):
+        """On whose second rank no optimizer is made."""
+
+        def configure_optimizers(self) -> Any:
+            if RANK:
+                raise PEFTError("no optimizer")
+            return super().configure_optimizers()
 
     found = {}
     for strategy in ("ddp", "peft_ddp"):
         found[f"{strategy} r"] = start(strategy, PEFT(LoRA(r=2 + RANK), modules_to_save=["head"]))
         found[f"{strategy} saved"] = start(strategy, PEFT(LoRA(r=2), modules_to_save=["head", "body.4"][: 1 + RANK]))
+        found[f"{strategy} lr"] = start(strategy, lr=0.25 * (1 + RANK))
+        found[f"{strategy} trainer"] = start(strategy, max_epochs=1 + RANK, accumulate_grad_batches=2 - RANK)
+        found[f"{strategy} optimizer"] = start(strategy, module=Refusing)
         found[f"{strategy} fault"] = start(strategy, PEFT(LoRA(r=2, target_modules=["body.0", "bodi"][: 1 + RANK])))
 
     class Halved(Toy):
@@ -340,6 +297,29 @@ def resumed(folder: Path) -> dict[str, Any]:
     return found
 
 
+def told_by_slurm(folder: Path) -> dict[str, Any]:
+    """The first rank is told that its time is nearly over, while the second waits for its gradients."""
+    job = {"JOB_ID": 77, "NTASKS": 2, "JOB_NAME": "job", "PROCID": RANK, "LOCALID": RANK, "NODEID": 0}
+    job |= {"NODELIST": "127.0.0.1", "NTASKS_PER_NODE": 2}
+
+    class Tells(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+            if (RANK, index) == (0, 2):
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    module = Plain()
+    with (
+        mock.patch.dict(os.environ, {f"SLURM_{name}": str(value) for name, value in job.items()}),
+        mock.patch("lightning.pytorch.trainer.connectors.signal_connector.call", return_value=0) as requeued,
+    ):
+        fitting = run(folder / "slurm", "peft_ddp", Tells(), peft=plain(), plugins=[SLURMEnvironment()])
+        # in which Lightning waits when the file is there
+        with mock.patch.object(fitting.strategy, "barrier"):
+            fitting.fit(module, data())
+    state = {name: tensor.cpu() for name, tensor in module.state_dict().items()}
+    return {"state": state, "steps": fitting.global_step, "calls": [call.args[0] for call in requeued.call_args_list]}
+
+
 def as_in_ray(folder: Path) -> dict[str, Any]:
     """What test_ray.py trains under Ray."""
     return fit(folder, Plain(), max_epochs=3, peft=plain())
@@ -394,7 +374,7 @@ def run_to_the_end(folder: Path, *callbacks: L.Callback, kind: type[Strategy] = 
 
 THINGS = (
     bytes_sent, other_base, quantized_base, other_configuration, as_stock, accumulated, unused, hook, stages, resumed,
-    unbroken, as_in_ray,
+    unbroken, as_in_ray, told_by_slurm,
 )  # fmt: skip
 
 

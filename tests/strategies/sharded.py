@@ -6,11 +6,13 @@ Run as `python -m tests.strategies.sharded FOLDER NAMES`; see ranks.py.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -38,15 +40,14 @@ from lightning_peft.state import frozen_tensors
 from lightning_peft.strategies.sharding import SHARDS_INTEGERS
 from lightning_peft.tasks import chunked_loss
 from lightning_peft.tracking import PredictionFile
-from tests.callback.toys import Toy
+from tests.callback.toys import Clipped, Raw, Toy
 from tests.strategies import ranks
 from tests.strategies.counting import Collectives, Peak
-from tests.strategies.language import VOCABULARY, Language, made, run, text, trained
+from tests.strategies.kinds import Alternating, Centred
+from tests.strategies.language import VOCABULARY, Language, OfLoaders, Precise, Reading, Short, made, run, text, trained
 from tests.strategies.ranks import (
     ACCELERATOR,
     RANK,
-    Alternating,
-    Centred,
     fit,
     main,
     manual,
@@ -171,6 +172,22 @@ def stages(folder: Path) -> dict[str, Any]:
     return found
 
 
+def evaluated(folder: Path) -> dict[str, Any]:
+    """Predictions, of which the ranks have other numbers of batches, and a fit after them; all under inference_mode
+    where Lightning would with nccl."""
+    module = Short()
+    fitting = run(folder, peft=plain())
+    one, two = (DataLoader(text(rows=rows).dataset, 2) for rows in PREDICTED)
+    with mock.patch("lightning.pytorch.loops.utilities._distributed_is_initialized", return_value=False):
+        short = fitting.predict(module, one)
+        fitting.fit(module, text())
+        of_loaders = run(folder, peft=plain()).predict(OfLoaders(), [one, two])
+    predicted = [torch.cat(batches) for batches in (short, *of_loaders)]
+    return {"short": predicted[0], "of loaders": predicted[1:], "losses": module.losses}
+
+
+PREDICTED = (5, 9)
+"""Rows of each loader."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "accumulated": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
     "checkpointed": {"peft": {"gradient_checkpointing": True, "offload_activations": True}},
@@ -225,6 +242,8 @@ def toys(folder: Path) -> dict[str, Any]:
 
     both("center", Centred, max_epochs=2)
     both("manual", manual)
+    both("clipped", Clipped)
+    both("raw", Raw)
     both("adalora", Toy, peft=lambda: PEFT(AdaLoRA(target_r=2, init_r=4, tinit=1, tfinal=2, total_steps=8)))
     both("unused", Alternating, peft=lambda: PEFT(LoRA(r=2), modules_to_save=["head"]))
     return found
@@ -235,15 +254,9 @@ def faults(folder: Path) -> dict[str, Any]:
         def configure_model(self) -> None:
             fully_shard(self.model.model.layers[0])
 
-    class Reading(Language):
-        """Reads the weight of its embedding without a call."""
-
-        def loss(self, ids: Tensor) -> Tensor:
-            embedded = nn.functional.embedding(ids, self.model.model.embed_tokens.weight)
-            return self.model(inputs_embeds=embedded, labels=ids).loss
-
     found = {
         "own": refused(lambda: run(folder, peft=plain()).fit(Sharded(), text())),
+        "lr": refused(lambda: run(folder, peft=plain()).fit(Language(lr=0.25 * (1 + RANK)), text())),
         "other base": refused(lambda: run(folder, peft=plain()).fit(Language(seed=RANK), text())),
         "replicas": refused(lambda: run(folder, PEFTFSDPStrategy(replicas=3), peft=plain()).fit(Language(), text())),
         "names": refused(lambda: run(folder, PEFTFSDPStrategy(shard=["layer"]), peft=plain()).fit(Language(), text())),
@@ -263,10 +276,13 @@ def faults(folder: Path) -> dict[str, Any]:
     run(folder, peft=plain()).fit(same, text())
     found["wanted"] = same.losses
     found["other strategy"] = refused(lambda: run(folder, "peft_ddp", peft=plain()).test(same, text(), verbose=False))
-    try:
-        run(folder, peft=PEFT(LoRA(r=4))).fit(Reading(), text())
-    except RuntimeError as error:
-        found["reading"] = str(error)
+    for name, module, precision in (("reading", Reading(), "32-true"), ("precise", Precise(), "bf16-mixed")):
+        try:
+            run(folder, peft=PEFT(LoRA(r=4)), precision=precision).fit(module, text())
+        except RuntimeError as error:
+            found[name] = str(error)
+    again = run(folder, peft=PEFT(LoRA(r=4)))
+    found["precision"] = refused(lambda: again.test(module, text(), verbose=False))
     return found
 
 
@@ -357,6 +373,8 @@ def shares(folder: Path) -> dict[str, Any]:
     module, started = Language(lr=1e-3), Started()
     again = run(folder, "peft_fsdp", started, peft=plain(), max_epochs=3)
     again.fit(module, text(), ckpt_path=folder / "shares" / "last.ckpt")
+    with mock.patch.dict(os.environ, HOME=str(folder / "home")):
+        fitting.save_checkpoint("~/shares.ckpt")
     return {**found, "started": started.tensors}
 
 

@@ -117,16 +117,47 @@ def test_frozen_has_the_scales_of_packed_weights(kind: str) -> None:
 
 def test_values_are_told_by_the_ranks_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def facts(r: int) -> tuple[str, dict[str, str]]:
-        return "configuration", {"method.name": "'LoRA'", "method.fields.r": str(r), "trained a": "(1,) torch.float32"}
+        return "configuration", {
+            "method.name": "'LoRA'",
+            "method.fields.r": str(r),
+            "trainer.max_epochs": "3",
+            "trained a": "(1,) torch.float32",
+        }
 
     as_ranks(monkeypatch, facts(8), facts(4), *([facts(8)] * 8))
     spec = {"method": {"name": "LoRA", "fields": {"r": 4}}, "base": {"values": "not compared"}}
     with pytest.raises(PEFTError) as caught:
-        agreement.agree_on_configuration(spec, {"a": torch.ones(1)})
+        agreement.agree_on_configuration(spec, {"a": torch.ones(1)}, {"max_epochs": 3})
     assert str(caught.value) == (
         "the ranks differ: method.fields.r is 4 on ranks 0, 2 and 8 on ranks 1, 3, 4, 5, 6, 7, 8, 9 and 1 more; start "
         "every process with the same configuration and code"
     )
+
+
+def test_options_of_optimizers_are_compared_by_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def everyones(value: Any) -> list[Any]:
+        asked.append(value)
+        return [value, b""] if isinstance(value, bytes) else [value, value]
+
+    monkeypatch.setattr(agreement, "everyones", everyones)
+    one, two = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    groups = [{"params": [one], "lr": torch.tensor(0.5)}, {"params": [two], "own": print, "weight_decay": 0.25}]
+    agreement.agree_on_optimizers([torch.optim.AdamW(groups, lr=0.125), torch.optim.SGD([one], lr=0.25)])
+    _, (kind, facts) = asked
+    assert kind == "configuration"
+    told = ("class", "groups.0.lr", "groups.0.betas", "groups.1.lr", "groups.1.own", "groups.1.weight_decay")
+    assert [facts[f"optimizers.0.{name}"] for name in told] == [
+        "AdamW",
+        "0.5",
+        "(0.9, 0.999)",
+        "0.125",
+        "'builtin_function_or_method'",
+        "0.25",
+    ]
+    assert (facts["optimizers.1.class"], facts["optimizers.1.groups.0.lr"]) == ("SGD", "0.25")
+    assert not [name for name in facts if "params" in name]
 
 
 def test_only_digests_travel_while_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,14 +169,15 @@ def test_only_digests_travel_while_all_is_well(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(agreement, "everyones", everyones)
     agreement.agree_on_base(frozen_tensors(Toy()))
-    agreement.agree_on_configuration({"method": {}}, {})
-    assert [len(value) for value in asked] == [32, 32]
+    agreement.agree_on_configuration({"method": {}}, {}, {})
+    agreement.agree_on_optimizers([torch.optim.SGD(Toy().parameters())])
+    assert [len(value) for value in asked] == [32, 32, 32]
 
 
 def test_a_fault_of_another_rank_is_told_here(monkeypatch: pytest.MonkeyPatch) -> None:
     as_ranks(monkeypatch, ("fault", {"fault": "out of memory"}))
     with pytest.raises(PEFTError, match=r"^rank 1: out of memory$"):
-        agreement.agree_on_configuration({}, {})
+        agreement.agree_on_configuration({}, {}, {})
     with pytest.raises(ZeroDivisionError), agreement.faults_told():
         raise ZeroDivisionError
 

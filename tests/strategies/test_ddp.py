@@ -21,7 +21,8 @@ from tests.callback.toys import data, trainer
 from tests.cli import conftest as toy_project
 from tests.processes import ROOT, Processes, free_port, ranks
 from tests.strategies.conftest import OfRanks
-from tests.strategies.ranks import ACCELERATOR, TIMEOUT, Plain
+from tests.strategies.kinds import Plain
+from tests.strategies.ranks import ACCELERATOR, TIMEOUT
 
 pytestmark = [pytest.mark.xdist_group("devices"), pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -104,6 +105,15 @@ def test_configurations_that_differ_are_told_by_both_ranks(found: OfRanks) -> No
             assert rank[f"{strategy} saved"] == (
                 f"the ranks differ: modules_to_save is ['head'] on rank 0 and ['head', 'body.4'] on rank 1{end}"
             )
+            assert rank[f"{strategy} lr"] == (
+                "the ranks differ: optimizers.0.groups.0.lr is 0.25 on rank 0 and 0.5 on rank 1\nthe ranks differ: "
+                f"optimizers.0.groups.0.initial_lr is 0.25 on rank 0 and 0.5 on rank 1{end}"
+            )
+            assert rank[f"{strategy} trainer"] == (
+                "the ranks differ: trainer.accumulate_grad_batches is 2 on rank 0 and 1 on rank 1\nthe ranks differ: "
+                f"trainer.max_epochs is 1 on rank 0 and 2 on rank 1{end}"
+            )
+        assert (one[f"{strategy} optimizer"], two[f"{strategy} optimizer"]) == ("rank 1: no optimizer", "no optimizer")
         assert two[f"{strategy} fault"].startswith("LoRA.target_modules: 'bodi' matches nothing")
         assert one[f"{strategy} fault"] == f"rank 1: {two[f'{strategy} fault']}"
     for rank in (one, two):
@@ -185,6 +195,16 @@ def test_resume_on_two_ranks_is_exact(found: OfRanks) -> None:
         with pytest.raises(AssertionError):
             same(rank["broken"], rank["whole"])
     assert not torch.equal(one["whole numbers"], two["whole numbers"])
+
+
+def test_a_checkpoint_that_slurm_asks_for_waits_for_no_other_rank(found: OfRanks, folder: Path) -> None:
+    one, two = found("told_by_slurm")
+    assert (one["calls"], two["calls"]) == ([["scontrol", "requeue", "77"]], [])
+    assert one["steps"] == two["steps"] == 4
+    same(one["state"], two["state"])
+    saved = read_checkpoint(folder / "slurm" / "hpc_ckpt_1.ckpt")
+    assert saved["global_step"] == 2
+    assert len(saved["peft"]["rng_states"]) == 1
 
 
 def test_a_killed_rank_ends_the_others_and_a_relaunch_ends_as_an_unbroken_run(found: OfRanks, folder: Path) -> None:

@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.xdist_group("devices"), pytest.mark.timeout(600)]
 
 SCRIPT = ["-m", "tests.strategies.sharded"]
 TWO = (
-    "methods", "quantized", "chain", "stages", "options", "toys", "faults", "chunks", "shares", "unbroken", "streamed",
+    "methods", "quantized", "chain", "stages", "evaluated", "options", "toys", "faults", "chunks", "shares",
+    "unbroken", "streamed",
 )  # fmt: skip
 
 
@@ -157,6 +158,17 @@ def test_all_stages_on_one_trainer(found: OfRanks, folder: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_a_fit_after_a_prediction_is_a_fit_alone(found: OfRanks) -> None:
+    module = Language().eval()
+    for number, rank in enumerate(found("evaluated")):
+        assert rank["losses"] == found("faults")[number]["wanted"]
+        for rows, predicted in zip(sharded.PREDICTED, rank["of loaders"], strict=True):
+            (ids,) = text(rows=rows).dataset[number::2]
+            torch.testing.assert_close(predicted, module.predict_step([ids], 0), atol=1e-5, rtol=0)
+        assert torch.equal(rank["short"], rank["of loaders"][0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sharded.OPTIONS)
 def test_options(name: str, found: OfRanks, tmp_path: Path) -> None:
     ranks = found("options")
@@ -177,7 +189,7 @@ def test_transformers_gives_and_generates_what_it_does(found: OfRanks) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["center", "manual", "adalora", "unused"])
+@pytest.mark.parametrize("case", ["center", "manual", "clipped", "raw", "adalora", "unused"])
 def test_training_of_other_modules_is_peft_ddps(case: str, found: OfRanks) -> None:
     for rank in found("toys"):
         ours, theirs = rank[f"peft_fsdp {case}"], rank[f"peft_ddp {case}"]
@@ -189,12 +201,16 @@ def test_training_of_other_modules_is_peft_ddps(case: str, found: OfRanks) -> No
 @pytest.mark.slow
 def test_faults_are_told(found: OfRanks) -> None:
     one, two = found("faults")
-    for name in ("own", "other base", "replicas", "names", "no callback", "meta"):
+    for name in ("own", "lr", "other base", "replicas", "names", "no callback", "meta"):
         assert one[name] == two[name]
     assert one["own"] == (
         "PEFT: model.model.layers.0.self_attn.q_proj.weight is sharded, of which this process holds a part; adapters "
         "have to be attached before: leave fully_shard out of the module's code, and give the Trainer "
         "strategy='peft_fsdp'; for parallelize_module, PEFTFSDPStrategy(tensor_parallel_size=…)"
+    )
+    assert one["lr"] == (
+        "the ranks differ: optimizers.0.groups.0.lr is 0.25 on rank 0 and 0.5 on rank 1; start every process with the "
+        "same configuration and code"
     )
     assert one["other base"].startswith("the frozen base differs between ranks, in ")
     assert one["replicas"] == "PEFTFSDPStrategy.replicas: 2 ranks can't be divided into 3 groups"
@@ -211,6 +227,15 @@ def test_faults_are_told(found: OfRanks) -> None:
     assert one["synced"] == one["wanted"]
     for rank in (one, two):
         assert "A weight was read of a module that was not called, so that it was not gathered" in rank["reading"]
+        assert rank["precise"].endswith(
+            "\nWeights are gathered in bfloat16, as autocast would cast them, also where the module turns it off: "
+            "bring the input to the weight's dtype there; or name the modules to shard in "
+            "PEFTFSDPStrategy(shard=[…]), without that one; or use precision='32-true'."
+        )
+        assert rank["precision"] == (
+            "precision: '32-true' can't be, since an earlier run sharded the module so that its weights are gathered "
+            "in bfloat16; go on with that run's precision, or build the module anew"
+        )
 
 
 @pytest.mark.slow
@@ -256,6 +281,7 @@ def test_a_checkpoint_of_shares_goes_on_under_any_strategy(found: OfRanks, folde
     sizes = [(last / f"__{rank}_0.distcp").stat().st_size for rank in range(2)]
     assert 0.3 < sizes[0] / sum(sizes) < 0.7
     assert not list((folder / "shares").glob(".*"))
+    assert (folder / "home" / "shares.ckpt" / ".metadata").exists()
     one, two = found("shares")
     same(one["saved"], two["saved"])
     same(one["started"], one["saved"])

@@ -19,7 +19,8 @@ from lightning_peft.state import adapter_tensors, read_checkpoint
 from tests.callback.toys import data
 from tests.processes import ROOT
 from tests.strategies.conftest import OfRanks
-from tests.strategies.ranks import ACCELERATOR, Plain, plain
+from tests.strategies.kinds import Plain
+from tests.strategies.ranks import ACCELERATOR, plain
 
 pytestmark = [
     pytest.mark.xdist_group("devices"),
