@@ -106,18 +106,18 @@ class AdaptedModule(Swapped, LightningModule):
             PEFTError: of the configuration; or on another rank it failed, or came to something else.
         """
         if self._trainer is None or self._trainer.world_size == 1:
-            self._configure()
+            self._peft_configure()
             return
         with faults_told():
-            self._configure()
+            self._peft_configure()
         assert self._peft_plan.spec is not None
         settings = {name: getattr(self._trainer, name) for name in SETTINGS}
         agree_on_configuration(self._peft_plan.spec, trainable_parameters(self), settings)
 
-    def _configure(self) -> None:
+    def _peft_configure(self) -> None:
         plan = self._peft_plan
         with loading(plan.base.policy(plan.method, plan.modules_to_save)):
-            self._own_hook("configure_model")()
+            self._peft_own("configure_model")()
         strategy = None if self._trainer is None else self._trainer.strategy
         if plan.spec is not None and not isinstance(strategy, PEFTFSDPStrategy):
             refuse_sharded(
@@ -174,14 +174,14 @@ class AdaptedModule(Swapped, LightningModule):
             adapter.before_training()
         # who asks for estimated_stepping_batches, as a schedule or a method does, lets the data loaders draw their seed
         go_on_with_random_numbers(self)
-        configured = self._own_hook("configure_optimizers")()
+        configured = self._peft_own("configure_optimizers")()
         factors = plan.method.learning_rate_factors(method_adapters(self, plan.adapter_name))
         keep_trainable(configured, trainable_parameters(self), factors)
         return configured
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The module's own, and then everything frozen is left out."""
-        self._own_hook("on_save_checkpoint")(checkpoint)
+        self._peft_own("on_save_checkpoint")(checkpoint)
         plan = self._peft_plan
         if plan.spec is None:
             return
@@ -206,7 +206,7 @@ class AdaptedModule(Swapped, LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what does not fit, before anything is loaded; then the module's own."""
         self.check_checkpoint(checkpoint)
-        self._own_hook("on_load_checkpoint")(checkpoint)
+        self._peft_own("on_load_checkpoint")(checkpoint)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another method, another base, or with other tensors.
@@ -216,7 +216,7 @@ class AdaptedModule(Swapped, LightningModule):
         """
         spec = spec_of(checkpoint, "the checkpoint")
         checkpoint["state_dict"].pop(NOTICE, None)
-        self._check(checkpoint["state_dict"], spec)
+        self._peft_check(checkpoint["state_dict"], spec)
         self._peft_plan.moved_buffers |= set(spec.get("moved_buffers", ()))
         self._peft_plan.steps = spec.get("steps", 0)
         self._peft_plan.rng_to_restore = spec.get("rng_states")
@@ -229,8 +229,8 @@ class AdaptedModule(Swapped, LightningModule):
         """
         state = {key: tensor for key, tensor in state_dict.items() if key != NOTICE}
         if strict and self._peft_plan.spec is not None:
-            self._check(state, None)
-        return self._own_hook("load_state_dict")(state, strict=strict, assign=assign)
+            self._peft_check(state, None)
+        return self._peft_own("load_state_dict")(state, strict=strict, assign=assign)
 
     def cpu(self) -> Any:
         """The module's own, but that what has no values yet stays where it is."""
@@ -246,11 +246,11 @@ class AdaptedModule(Swapped, LightningModule):
             del hooks[key]
         super().take_off()
 
-    def _own_hook(self, name: str) -> Callable[..., Any]:
+    def _peft_own(self, name: str) -> Callable[..., Any]:
         own = self._peft_plan.own_hooks.get(name)
         return own if own is not None else cast("Callable[..., Any]", getattr(super(), name))
 
-    def _check(self, state: Mapping[str, Any], spec: Spec | None) -> None:
+    def _peft_check(self, state: Mapping[str, Any], spec: Spec | None) -> None:
         plan = self._peft_plan
         assert plan.spec is not None
         faults = spec_faults(plan.spec, spec, plan.allow_other_base) if spec else []

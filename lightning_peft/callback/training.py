@@ -25,16 +25,16 @@ class TrainedModule(AdaptedModule):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, with the penalty in its loss."""
-        output = self._own_hook("training_step")(*args, **kwargs)
+        output = self._peft_own("training_step")(*args, **kwargs)
         if not self.automatic_optimization:
             return output
         if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-            return {**output, "loss": self._penalized(output["loss"])}
-        return self._penalized(output) if isinstance(output, Tensor) else output
+            return {**output, "loss": self._peft_penalized(output["loss"])}
+        return self._peft_penalized(output) if isinstance(output, Tensor) else output
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The module's own, of the loss with the penalty."""
-        self._own_hook("manual_backward")(self._penalized(loss), *args, **kwargs)
+        self._peft_own("manual_backward")(self._peft_penalized(loss), *args, **kwargs)
 
     def configure_optimizers(self) -> Any:
         """As without training, and the method is told of each step that the adapters' optimizer takes.
@@ -44,7 +44,7 @@ class TrainedModule(AdaptedModule):
         """
         configured = super().configure_optimizers()
         plan = self._peft_plan
-        held = {id(parameter) for adapter in self._attached().values() for parameter in adapter.parameters()}
+        held = {id(parameter) for adapter in self._peft_attached().values() for parameter in adapter.parameters()}
         own = [optimizer for optimizer in optimizers_in(configured) if held & set(map(id, _parameters(optimizer)))]
         if not own:
             return configured
@@ -52,20 +52,20 @@ class TrainedModule(AdaptedModule):
         # 16-bit scaling a step that overflowed is not taken, and not told
         estimated = float(self.trainer.estimated_stepping_batches)
         total = estimated if estimated > 0 else math.inf  # Lightning says -1 of a stream without a length
-        plan.method.start(self._attached(), total)
+        plan.method.start(self._peft_attached(), total)
 
         def after(*_: Any) -> None:
             plan.steps += 1
-            plan.method.after_step(self._attached(), plan.steps, total)
+            plan.method.after_step(self._peft_attached(), plan.steps, total)
 
         own[0].register_step_post_hook(after)
         return configured
 
-    def _attached(self) -> dict[str, Adapter]:
+    def _peft_attached(self) -> dict[str, Adapter]:
         return method_adapters(self, self._peft_plan.adapter_name)
 
-    def _penalized(self, loss: Tensor) -> Tensor:
-        penalty = self._peft_plan.method.penalty(self._attached())
+    def _peft_penalized(self, loss: Tensor) -> Tensor:
+        penalty = self._peft_plan.method.penalty(self._peft_attached())
         return loss if penalty is None else loss + penalty.to(loss.dtype)
 
 

@@ -32,6 +32,7 @@ from lightning_peft import (
     remove,
     trainable_parameters,
 )
+from lightning_peft.callback.training import TrainedModule
 from tests.callback.toys import BuiltInConfigureModel, BuiltInSetup, Manual, Toy, body, data, lora, trainer
 
 MODULES = [Toy, BuiltInSetup, BuiltInConfigureModel, Manual]
@@ -333,3 +334,9 @@ def test_a_compiled_module_trains(tmp_path: Path) -> None:
         trainer(tmp_path, method=LoRA(r=2), max_epochs=1).fit(runs, data())
     for name, value in trainable_parameters(eager).items():
         assert torch.allclose(trainable_parameters(compiled)[name], value, atol=1e-5), name
+
+
+def test_no_method_of_the_module_is_hidden_by_a_private_one() -> None:
+    ours = {name for cls in TrainedModule.__mro__ if cls.__module__.startswith("lightning_peft") for name in vars(cls)}
+    own = {name for name in ours if not hasattr(L.LightningModule, name) and not name.startswith("_peft")}
+    assert own == {"check_checkpoint", "take_off"}
