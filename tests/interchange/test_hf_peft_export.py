@@ -308,6 +308,6 @@ def test_a_method_without_a_form_in_peft_says_so(tmp_path: Path) -> None:
     with pytest.raises(PEFTError) as caught:
         export_adapter(inject(base_of("linear"), Homemade()), tmp_path)
     assert str(caught.value) == (
-        "export_adapter: Homemade has no form in HF peft; load its checkpoint by load_from_checkpoint, or save the whole "
-        "model by save_merged if it can be folded into the weights"
+        "export_adapter: Homemade has no form in HF peft; load its checkpoint by load_from_checkpoint, or save the "
+        "whole model by save_merged if it can be folded into the weights"
     )
