@@ -14,7 +14,7 @@ from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import (
     ArgsType,
@@ -31,7 +31,7 @@ import lightning_peft.data
 import lightning_peft.tasks  # noqa: F401
 from lightning_peft.callback import PEFT
 from lightning_peft.cli import RUNS
-from lightning_peft.cli.classes import find_class
+from lightning_peft.cli.classes import as_list, find_class, is_a
 from lightning_peft.cli.closing import interruption, print_closing
 from lightning_peft.cli.faults import callback_faults, find_faults, method_fault, value_faults
 from lightning_peft.cli.inspect import InspectingTrainer
@@ -184,11 +184,9 @@ class PEFTCLI(LightningCLI):
         if find_spec("wandb") is not None:
             return self.config
         trainer = self.config[self.verb].trainer
-        loggers, callbacks = (
-            given if isinstance(given, list) else [given] for given in (trainer.logger, trainer.callbacks)
-        )
-        others = [logger for logger in loggers if not _is_a(logger, WandbLogger)]
-        monitors = [callback for callback in callbacks if _is_a(callback, AdapterMonitor)]
+        loggers = as_list(trainer.logger)
+        others = [logger for logger in loggers if not is_a(logger, WandbLogger)]
+        monitors = [callback for callback in as_list(trainer.callbacks) if is_a(callback, AdapterMonitor)]
         strict = any((monitor.get("init_args") or {}).get("strict") for monitor in monitors)
         if len(others) == len(loggers):
             return self.config
@@ -208,8 +206,7 @@ class PEFTCLI(LightningCLI):
         """
         section = self._get(self.config_init, "peft")
         if section is not None and section.method is not None:
-            given = self._get(self.config_init, "trainer").callbacks or []
-            others = given if isinstance(given, list) else [given]
+            others = as_list(self._get(self.config_init, "trainer").callbacks)
             kwargs["callbacks"] = [PEFT(**section.as_dict()), *others]
         try:
             return super().instantiate_trainer(**kwargs)
@@ -283,12 +280,6 @@ def _names_rate(words: list[str]) -> bool:
             return True
         found = found[name]
     return isinstance(found, dict) and "lr" in (found.get("init_args") or {})
-
-
-def _is_a(section: Any, cls: type) -> bool:
-    """Whether a configuration's section names a class or a child of it."""
-    found = find_class(section.class_path, [cls]).cls if isinstance(section, Namespace) else None
-    return isinstance(found, type) and issubclass(found, cls)
 
 
 def _configured(module: pl.LightningModule, optimizer: Any, lr_scheduler: Any) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lightning_peft.cli.reporting import EXTRAS
 from lightning_peft.methods._host import Swapped
@@ -36,6 +36,17 @@ class Found(NamedTuple):
 
     cls: type | None
     fault: str | None
+
+
+def as_list(given: Any) -> list[Any]:
+    """What a configuration has where one thing or several can be: nothing, it alone, or all of them."""
+    return list(given) if isinstance(given, list) else [] if given is None else [given]
+
+
+def is_a(section: Any, cls: type) -> bool:
+    """Whether `section`, a mapping or namespace with a `class_path`, is of `cls` or a child of it."""
+    found = find_class(section["class_path"], [cls]).cls if isinstance(section, (dict, Namespace)) else None
+    return isinstance(found, type) and issubclass(found, cls)
 
 
 def parameters(cls: Any) -> dict[str, Parameter]:

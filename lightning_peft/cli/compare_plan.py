@@ -10,24 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import ProgressBar
 
 from lightning_peft.callback import PEFT
 from lightning_peft.cli.app import PEFTCLI
-from lightning_peft.cli.classes import find_class
+from lightning_peft.cli.classes import as_list, is_a
 from lightning_peft.cli.reading import PATH_ENDINGS, read_arguments
 from lightning_peft.methods import METHODS
 from lightning_peft.methods._probe import LinearProbe
-from lightning_peft.methods.errors import PEFTError, suggestion
+from lightning_peft.methods.errors import PEFTError, some, suggestion
 from lightning_peft.tracking.comparison import FULL, PROBE, guessed_mode, read_report
 from lightning_peft.tracking.comparison.report import RunReport
 
 ALL = "all"
-SHOWN = 3
-"""Of what differs between two configurations, how much is named."""
 DEFAULTS: dict[str, Any] = {
     "quantization": None,
     "base_dtype": None,
@@ -172,7 +169,7 @@ def plan(
             trainer |= {"default_root_dir": str(folder), "enable_progress_bar": False}
             trainer["logger"] = _loggers(label, seed, folder, logging)
             # Lightning refuses a bar beside `enable_progress_bar: false`
-            callbacks = [callback for callback in _callbacks(trainer) if not _is_bar(callback)]
+            callbacks = [callback for callback in as_list(trainer.get("callbacks")) if not is_a(callback, ProgressBar)]
             for callback in callbacks:
                 arguments = callback.get("init_args") or {}
                 if arguments.get("dirpath"):
@@ -193,8 +190,9 @@ def check_folders(planned: Sequence[Planned]) -> None:
     faults = []
     for run in planned:
         if read_report(run.folder / "report.json") is not None and (changes := run.changes()):
-            some = ", ".join(changes[:SHOWN]) + (f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else "")
-            faults.append(f"--out: {run.folder} holds a run that differs in {some}; give another --out, or delete it")
+            faults.append(
+                f"--out: {run.folder} holds a run that differs in {some(changes)}; give another --out, or delete it"
+            )
     if faults:
         raise PEFTError(faults)
 
@@ -205,7 +203,7 @@ def metric_of(sections: Mapping[str, Mapping[str, Any]], metric: str | None, mod
     monitored = {
         arguments["monitor"]: arguments.get("mode")
         for section in sections.values()
-        for callback in _callbacks(section["trainer"])
+        for callback in as_list(section["trainer"].get("callbacks"))
         if callback["class_path"].endswith(".ModelCheckpoint")
         and (arguments := callback.get("init_args") or {}).get("monitor")
     }
@@ -252,21 +250,10 @@ def _method_words(source: str, words: Sequence[str]) -> list[str]:
 
 def _check(section: Mapping[str, Any]) -> None:
     """That the method is where it can be exchanged."""
-    found = [find_class(callback["class_path"], [pl.Callback]).cls for callback in _callbacks(section["trainer"])]
-    if PEFT in found:
+    if any(is_a(callback, PEFT) for callback in as_list(section["trainer"].get("callbacks"))):
         raise PEFTError(
             "trainer.callbacks: has a PEFT callback, whose method can't be exchanged; write it as section peft"
         )
-
-
-def _callbacks(trainer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    given = trainer.get("callbacks") or []
-    return list(given) if isinstance(given, list) else [given]
-
-
-def _is_bar(callback: Mapping[str, Any]) -> bool:
-    cls = find_class(callback["class_path"], [pl.Callback]).cls
-    return isinstance(cls, type) and issubclass(cls, ProgressBar)
 
 
 def _loggers(label: str, seed: int, folder: Path, logging: Logging | None) -> list[dict[str, Any]]:

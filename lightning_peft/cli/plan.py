@@ -20,7 +20,7 @@ from rich.table import Table
 
 from lightning_peft.callback import PEFT
 from lightning_peft.cli.app import PEFTCLI
-from lightning_peft.cli.classes import find_class
+from lightning_peft.cli.classes import as_list, is_a
 from lightning_peft.cli.reporting import console_for_tables
 from lightning_peft.methods import METHODS
 from lightning_peft.methods.base import Method
@@ -148,7 +148,7 @@ class PlanCLI(PEFTCLI):
         config = self.config.clone()
         for name in set(config[self.verb].as_dict()) - {"model", "data", "peft", "optimizer", "lr_scheduler"}:
             config[self.verb][name] = None
-        stock = _adapting(given.trainer.callbacks)
+        stock = [callback for callback in as_list(given.trainer.callbacks) if is_a(callback, PEFT)]
         config[self.verb].trainer = Namespace(callbacks=stock)  # type: ignore[no-untyped-call]
         try:
             with torch.device("meta"):
@@ -211,12 +211,6 @@ def _given(words: Sequence[str]) -> Given:
     if known.json is not None and known.json.is_dir():
         raise PEFTError(f"json: {str(known.json)!r} is a folder; name a file in it")
     return Given(**vars(known), words=rest)
-
-
-def _adapting(callbacks: Any) -> list[Any]:
-    """The sections among those of a Trainer's callbacks that are of `PEFT`."""
-    sections = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks is not None else []
-    return [each for each in sections if issubclass(find_class(each.class_path, [PEFT]).cls or object, PEFT)]
 
 
 def _layout(trainer: Any) -> Layout:

@@ -17,7 +17,7 @@ from lightning_peft.methods._low_rank import as_written
 from lightning_peft.methods._split import on_whole
 from lightning_peft.methods._targets import ALL_LINEAR, base_modules, expression_faults, find, inside, is_conv1d
 from lightning_peft.methods.base import Attachment, Method
-from lightning_peft.methods.errors import PEFTError, suggestion
+from lightning_peft.methods.errors import PEFTError, some, suggestion
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -176,8 +176,7 @@ class BottleneckMethod(Method):
             for fault in self.place_faults(place, modules):
                 by_fault.setdefault(fault, []).append(place.path)
         for fault, paths in by_fault.items():
-            rest = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            faults.append(f"{fault} ({paths[0]}{rest})")
+            faults.append(f"{fault} ({some(paths, 1)})")
         if faults:
             raise PEFTError([f"{type(self).__name__}.{fault}" for fault in faults])
         # a module that two names share is adapted once

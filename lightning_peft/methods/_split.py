@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_peft.methods._host import Adapter, own_tensors
 from lightning_peft.methods._low_rank import dropout_seed, dropped, linear_update
 from lightning_peft.methods._sharded import is_sharded
-from lightning_peft.methods.errors import PEFTError
+from lightning_peft.methods.errors import PEFTError, some
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -36,9 +36,8 @@ def split_faults(method: str, adapters: Iterable[tuple[str, nn.Module, Adapter]]
     refused = [path for path, module, adapter in adapters if not _stands(module, adapter)]
     if not refused:
         return []
-    more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
     return [
-        f"{method}: its adapters need whole layers, and {refused[0]}{more} are split by tensor parallelism; leave them "
+        f"{method}: its adapters need whole layers, and {some(refused, 1)} are split by tensor parallelism; leave them "
         "out (exclude_modules), or out of the plan of parallelize_module, or use LoRA"
     ]
 

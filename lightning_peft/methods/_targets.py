@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 
 from lightning_peft.methods._host import Host
-from lightning_peft.methods.errors import suggestion
+from lightning_peft.methods.errors import some, suggestion
 
 ALL_LINEAR = "all-linear"
 V = TypeVar("V")
@@ -139,9 +139,4 @@ def find(
 
 def _listed(names: Iterable[str], lead: str = "") -> str:
     listed = list(dict.fromkeys(names))
-    rest = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-    return (
-        f"{lead}; names that can be: {', '.join(listed[:8])}{rest}"
-        if listed
-        else f"{lead}; the model has none that can be"
-    )
+    return f"{lead}; names that can be: {some(listed, 8)}" if listed else f"{lead}; the model has none that can be"

@@ -16,7 +16,7 @@ from lightning_peft.methods._quantized import is_quantized
 from lightning_peft.methods._target_modules import once, targeted
 from lightning_peft.methods._targets import base_modules, expression_faults, inside, matches
 from lightning_peft.methods.base import Attachment, Method
-from lightning_peft.methods.errors import PEFTError
+from lightning_peft.methods.errors import PEFTError, some
 
 GATE_RATE = 100.0
 """The gates' learning rate in multiples of w's: α has to travel several units, w a small fraction of one."""
@@ -96,11 +96,10 @@ class DiffPruning(Method):
         """One adapter for each targeted module; tied parameters share one diff."""
         found, faults = self.targets(model, skip)
         if quantized := [path for path, module in found.items() if is_quantized(module)]:
-            rest = f" and {len(quantized) - 1} more" if len(quantized) > 1 else ""
             raise PEFTError(
-                f"DiffPruning.target_modules: {quantized[0]}{rest} {'are' if rest else 'is'} quantized, and a trained "
-                "difference to every weight would be as large as the model in full precision: nothing would be saved; "
-                "leave quantization out, exclude them (exclude_modules), or choose LoRA"
+                f"DiffPruning.target_modules: {some(quantized, 1)} {'are' if quantized[1:] else 'is'} quantized, and a "
+                "trained difference to every weight would be as large as the model in full precision: nothing would be "
+                "saved; leave quantization out, exclude them (exclude_modules), or choose LoRA"
             )
         diffs: dict[int, layers.Diff] = {}
         made = []

@@ -39,3 +39,8 @@ def suggestion(name: str, candidates: Iterable[str]) -> str:
     """`"; did you mean 'query' or 'query_proj'?"` for the nearest candidates, or `""` where none is close."""
     names = [repr(match) for match in nearest(name, candidates)]
     return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first `most` names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

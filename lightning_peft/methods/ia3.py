@@ -15,7 +15,7 @@ from lightning_peft.methods._ia3_targets import found_projections
 from lightning_peft.methods._target_modules import in_attention, once, targeted
 from lightning_peft.methods._targets import base_modules, expression_faults, find, matches
 from lightning_peft.methods.base import Attachment, Method, PeftRoot, PeftTensor
-from lightning_peft.methods.errors import PEFTError, suggestion
+from lightning_peft.methods.errors import PEFTError, some, suggestion
 
 
 @dataclass(kw_only=True)
@@ -136,6 +136,4 @@ def _describe(module: nn.Module) -> str:
 
 
 def _named(names: Sequence[str]) -> str:
-    rest = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    listed = f"; name them; names that can be: {', '.join(names[:8])}{rest}"
-    return listed if names else ", and none that can be scaled"
+    return f"; name them; names that can be: {some(names, 8)}" if names else ", and none that can be scaled"

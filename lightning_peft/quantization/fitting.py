@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_peft.methods._targets import base_modules, is_transformers_model, matches
-from lightning_peft.methods.errors import PEFTError, nearest
+from lightning_peft.methods.errors import PEFTError, nearest, some
 from lightning_peft.quantization.meta import Slot, loose_tensors, slots
 from lightning_peft.quantization.naming import Prefixes, find_prefixes
 from lightning_peft.quantization.others import is_bitsandbytes, other_quantizer
-from lightning_peft.quantization.shards import Shards, some
+from lightning_peft.quantization.shards import Shards
 
 PACKED = re.compile(
     r"\.(quant_map|absmax|nested_absmax|SCB|qweight|qzeros|weight_scale(_inv)?|weight_packed)$|quant_state"

@@ -4,7 +4,7 @@ for."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_peft.methods.errors import PEFTError, suggestion
+from lightning_peft.methods.errors import PEFTError, some, suggestion
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -205,8 +205,3 @@ def _opened(file: Path, place: Path, faults: list[str]) -> Any:
         )
         faults.append(f"{file}: {what}")
         return None
-
-
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lightning_peft.methods._host import hosts
 from lightning_peft.methods._sharded import is_sharded
 from lightning_peft.methods._targets import base_modules, inside, matches
-from lightning_peft.methods.errors import PEFTError, suggestion
+from lightning_peft.methods.errors import PEFTError, some, suggestion
 from lightning_peft.quantization.casting import base_dtype_of, cast_base
 from lightning_peft.quantization.config import Quantization
 from lightning_peft.quantization.convert import quantizable, quantize
 from lightning_peft.quantization.fitting import BUILD, Plan, fit, is_named
 from lightning_peft.quantization.meta import Slot, initialize, slots
-from lightning_peft.quantization.shards import open_shards, some
+from lightning_peft.quantization.shards import open_shards
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -11,7 +11,7 @@ from lightning_peft.methods._host import Host
 from lightning_peft.methods._quantized import PackedWeight, packed
 from lightning_peft.methods._sharded import gathered, is_sharded
 from lightning_peft.methods._targets import base_modules, inside
-from lightning_peft.methods.errors import suggestion
+from lightning_peft.methods.errors import some, suggestion
 from lightning_peft.state.fingerprint import Fingerprint, Sampled, fingerprint, kept_sample
 
 
@@ -112,8 +112,7 @@ def tensor_faults(
 
 
 def _shown(what: str, items: list[str], hint: str) -> list[str]:
-    rest = f" and {len(items) - 3} more" if len(items) > 3 else ""
-    return [f"{len(items)} {what}: {', '.join(items[:3])}{rest}{hint}"] if items else []
+    return [f"{len(items)} {what}: {some(items)}{hint}"] if items else []
 
 
 def _key(path: str, name: str) -> str:

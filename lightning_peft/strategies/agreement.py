@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from lightning_peft.methods._sharded import is_sharded, local_part
-from lightning_peft.methods.errors import PEFTError
+from lightning_peft.methods.errors import PEFTError, some
 from lightning_peft.state import Spec, checksum
 
 Facts = Mapping[str, str]
@@ -192,8 +192,7 @@ def _by_rank(values: list[str | None] | list[str]) -> str:
 def _ranks(ranks: list[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    listed = ", ".join(map(str, ranks[:8]))
-    return f"ranks {listed}{f' and {len(ranks) - 8} more' if len(ranks) > 8 else ''}"
+    return f"ranks {some([*map(str, ranks)], 8)}"
 
 
 def _shown(option: Any) -> Any:
